@@ -1,0 +1,52 @@
+"""The settings of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from raycap.errors import ConfigurationError
+from raycap.storage import S3Options
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Score captions with the official COCO metrics: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr-D."""
+
+    annotations: str
+    """COCO captions JSON with the reference captions; local or s3://."""
+    images: str | None = None
+    """Directory or s3:// prefix of the images, to caption and score them."""
+    results: str | None = None
+    """COCO results JSON to score, instead of --images."""
+    model: str | None = None
+    """Bundle to caption with; by default the one that ships with raycap."""
+    output: str | None = None
+    """JSON file for the scores, those of each image among them."""
+    results_output: str | None = None
+    """COCO results JSON file for the captions that were made of --images."""
+    tokenizer: Literal["auto", "ptb", "python"] = "auto"
+    """ptb: the official tokenizer, needs Java. python: close to it, without Java. auto: ptb if Java is there."""
+    beam_size: int | None = None
+    """Beams; by default the bundle's setting."""
+    length_penalty: float | None = None
+    """Length penalty of the beam search; by default the bundle's setting."""
+    batch_size: int = 32
+    """Images captioned at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    s3: Annotated[S3Options, tyro.conf.OmitArgPrefixes] = field(default_factory=S3Options)
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.results is None):
+            raise ConfigurationError(
+                "give either --images (to caption and score them) or --results (to score captions), and not both"
+            )
+        if self.results_output and self.results:
+            raise ConfigurationError(
+                "--results-output goes with --images: with --results there are no new captions to write"
+            )
+        if self.batch_size < 1:
+            raise ConfigurationError(f"--batch-size must be at least 1, got {self.batch_size}")

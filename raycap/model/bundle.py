@@ -1,0 +1,194 @@
+"""The model bundle: a directory, local or s3://, that holds all that inference needs. Written by training, read by everyone.
+
+config.json         format version, architecture, preprocessing, decoding defaults
+vocabulary.json     the words, in id order
+model.safetensors   the weights of encoder and decoder (tensors only: loading runs no code)
+metrics.json        scores with split, beam size and tokenizer
+README.md           the model card
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+
+from raycap.errors import BundleError, ConfigurationError, NotFoundError, ObjectNotFoundError
+from raycap.images import Preprocessing
+from raycap.model.config import DecoderConfig, DecodingConfig, EncoderConfig
+from raycap.model.network import CaptionNetwork
+from raycap.model.vocabulary import Vocabulary
+from raycap.storage import S3Options, Store, open_store
+
+FORMAT_VERSION = 1
+CONFIG, VOCABULARY, WEIGHTS, METRICS, CARD = (
+    "config.json",
+    "vocabulary.json",
+    "model.safetensors",
+    "metrics.json",
+    "README.md",
+)
+WeightsDtype = Literal["float32", "float16"]
+T = TypeVar("T")
+
+
+def shipped_bundle() -> str:
+    """The path of the bundle that comes with the package."""
+    return str(files("raycap") / "bundle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A captioning model and everything needed to use it."""
+
+    network: CaptionNetwork
+    vocabulary: Vocabulary
+    preprocessing: Preprocessing
+    decoding: DecodingConfig
+    metrics: dict[str, Any] = field(default_factory=dict)
+    card: str = ""
+    model_id: str = ""
+    """Names the weights in the captions output: a digest of the weights file, set by loading and saving."""
+
+    def save(self, location: str, *, s3: S3Options | None = None, weights_dtype: WeightsDtype = "float32") -> str:
+        """Write the bundle into the directory or s3:// prefix `location`; return the model id.
+
+        float16 halves the file; the weights are float32 again after loading. The config is written last, so a bundle
+        that was cut short is not mistaken for a whole one.
+        """
+        store = open_store(location, s3 or S3Options())
+        state = {name: _portable(tensor, weights_dtype) for name, tensor in self.network.state_dict().items()}
+        weights = safetensors_save(state)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "encoder": dataclasses.asdict(self.network.encoder.config),
+            "decoder": dataclasses.asdict(self.network.decoder.config),
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+            "decoding": dataclasses.asdict(self.decoding),
+        }
+        store.write(VOCABULARY, _json(list(self.vocabulary.words)))
+        store.write(METRICS, _json(self.metrics))
+        store.write(CARD, self.card.encode())
+        store.write(WEIGHTS, weights)
+        store.write(CONFIG, _json(config))
+        return _model_id(config, weights)
+
+    @classmethod
+    def load(cls, location: str | None = None, *, s3: S3Options | None = None) -> Bundle:
+        """Read a bundle; without a location, the one that ships with the package.
+
+        Raises BundleError, naming the file and what differs, if it is incomplete, of a newer format, or if vocabulary
+        or tensors do not fit the config.
+        """
+        location = location or shipped_bundle()
+        store = open_store(location, s3 or S3Options())
+        config = _read_json(store, CONFIG)
+        if not isinstance(config, dict) or not isinstance(config.get("format_version"), int):
+            raise BundleError(f"{store.uri(CONFIG)}: not a raycap bundle (no format_version)")
+        if not 1 <= config["format_version"] <= FORMAT_VERSION:
+            raise BundleError(
+                f"{location}: bundle format {config['format_version']}, but this raycap reads formats 1 to {FORMAT_VERSION}; upgrade raycap"
+            )
+        where = store.uri(CONFIG)
+        vocabulary = _read_vocabulary(store)
+        decoder = _parse(DecoderConfig, config, "decoder", where)
+        encoder = _parse(EncoderConfig, config, "encoder", where)
+        if len(vocabulary) != decoder.vocabulary_size:
+            raise BundleError(
+                f"{location}: {VOCABULARY} has {len(vocabulary)} words, but {CONFIG} says vocabulary_size {decoder.vocabulary_size}"
+            )
+        if encoder.num_channels != decoder.feature_size:
+            raise BundleError(
+                f"{where}: the encoder gives {encoder.num_channels} channels, the decoder expects feature_size {decoder.feature_size}"
+            )
+        weights = _read(store, WEIGHTS)
+        network = CaptionNetwork.build(encoder, decoder)
+        _load_weights(network, weights, store.uri(WEIGHTS))
+        return cls(
+            network=network.eval().requires_grad_(False),
+            vocabulary=vocabulary,
+            preprocessing=_parse(Preprocessing, config, "preprocessing", where),
+            decoding=_parse(DecodingConfig, config, "decoding", where),
+            metrics=_read_json(store, METRICS),
+            card=_read(store, CARD).decode(errors="replace"),
+            model_id=_model_id(config, weights),
+        )
+
+
+def _portable(tensor: torch.Tensor, dtype: WeightsDtype) -> torch.Tensor:
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = tensor.to(getattr(torch, dtype))
+    return tensor.contiguous()
+
+
+def _model_id(config: dict[str, Any], weights: bytes) -> str:
+    digest = hashlib.sha256(weights).hexdigest()[:12]
+    return f"{config['encoder']['name']}-{config['decoder']['kind']}-{digest}"
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _read(store: Store, name: str) -> bytes:
+    try:
+        return store.read(name)
+    except (NotFoundError, ObjectNotFoundError) as error:
+        raise BundleError(
+            f"{store.location}: not a model bundle, {name} is missing; expected a directory written by raycap train"
+        ) from error
+
+
+def _read_json(store: Store, name: str) -> Any:
+    try:
+        return json.loads(_read(store, name))
+    except ValueError as error:
+        raise BundleError(f"{store.uri(name)}: not valid JSON: {error}") from error
+
+
+def _read_vocabulary(store: Store) -> Vocabulary:
+    words = _read_json(store, VOCABULARY)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise BundleError(f"{store.uri(VOCABULARY)}: expected a list of words")
+    try:
+        return Vocabulary(words)
+    except ConfigurationError as error:
+        raise BundleError(f"{store.uri(VOCABULARY)}: {error}") from error
+
+
+def _parse(cls: type[T], config: dict[str, Any], section: str, where: str) -> T:
+    values = config.get(section)
+    if not isinstance(values, dict):
+        raise BundleError(f"{where}: section {section!r} is missing")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ConfigurationError) as error:
+        raise BundleError(f"{where}: section {section!r}: {error}") from error
+
+
+def _load_weights(network: CaptionNetwork, weights: bytes, where: str) -> None:
+    try:
+        state = safetensors_load(weights)
+    except Exception as error:  # safetensors raises an error type of its native module
+        raise BundleError(f"{where}: not a safetensors file: {error}") from error
+    expected = network.state_dict()
+    problems = [f"missing tensor {name}" for name in expected.keys() - state.keys()]
+    problems += [f"unexpected tensor {name}" for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise BundleError(f"{where} does not fit {CONFIG}: {'; '.join(sorted(problems)[:5])}{more}")
+    network.load_state_dict(state)  # copies into float32, whatever the file holds

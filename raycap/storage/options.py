@@ -1,0 +1,69 @@
+"""How to reach an S3 server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from raycap.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class S3Options:
+    """How to reach an S3 server. Holds no keys: those come from the usual AWS chain (environment, profile, role)."""
+
+    endpoint_url: str | None = None
+    """Address of a server other than AWS, as `http://host:port`. None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or the
+    AWS config file; else AWS itself."""
+
+    region: str | None = None
+    """None: AWS_REGION, AWS_DEFAULT_REGION or the AWS config file; else us-east-1, which most other
+    servers accept."""
+
+    path_style: bool | None = None
+    """True: `endpoint/bucket/key`. False: `bucket.endpoint/key`. None: path style where there is an endpoint, else the
+    other."""
+
+    profile: str | None = None
+    """Profile of the AWS config files. None: AWS_PROFILE, else the default one."""
+
+    anonymous: bool = False
+    """Sign no request, for public buckets."""
+
+    connect_timeout_s: float = 10.0
+    """Seconds to wait for a connection, for each attempt."""
+
+    read_timeout_s: float = 30.0
+    """Seconds without a byte before an attempt is given up."""
+
+    max_attempts: int = 6
+    """Attempts for each request, the first included. The waits between 6 attempts are 15 s together on average, 31 s at
+    most."""
+
+    def __post_init__(self) -> None:
+        if self.endpoint_url is not None:
+            check_endpoint_url(self.endpoint_url)
+        for name in ("connect_timeout_s", "read_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+        if self.max_attempts < 1:
+            raise ConfigurationError(f"max_attempts must be at least 1, got {self.max_attempts}")
+
+
+def check_endpoint_url(url: str) -> None:
+    """Raise ConfigurationError unless `url` is http(s)://host[:port]. The message never repeats a password in it."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # a bad port raises ValueError when it is looked at
+    except ValueError as error:
+        raise ConfigurationError("expected an S3 endpoint like http://host:port; this one does not parse") from error
+    if parts.username is not None or parts.password is not None:
+        raise ConfigurationError(
+            "the S3 endpoint URL holds a user or password; give keys as AWS_ACCESS_KEY_ID and so on"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigurationError(f"expected an S3 endpoint like http://host:port, got {url!r}")
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ConfigurationError(
+            "expected an S3 endpoint like http://host:port, without a path; the bucket belongs into s3://BUCKET"
+        )

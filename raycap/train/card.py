@@ -1,0 +1,91 @@
+"""The model card that training writes into a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any
+
+from raycap.train.config import TrainConfig
+
+_TEMPLATE = """\
+# {name}
+
+An image captioner: {encoder} (ImageNet weights, frozen) with {decoder}, trained by [raycap](https://pypi.org/project/raycap/).
+
+## Use
+
+    raycap caption DIRECTORY OUTPUT --model BUNDLE
+
+## Data
+
+{num_images:,} images with {num_captions:,} captions for training, {num_val_images:,} images for validation. Vocabulary: {vocabulary_size:,} words.
+
+{data_notice}
+
+## Scores
+
+{split}; beam size {beam_size}; tokenizer: {tokenizer}; epoch {epoch} of {epochs}, chosen by CIDEr-D on the same split.
+
+{scores}
+
+## Command
+
+    {command}
+
+## Limits
+
+The captions are as good as the scores say: often right about people, animals and places, often wrong about counts, colours
+and rare things. The model knows only the words of its training captions, and repeats their habits and biases, about
+people above all. Do not use it where a wrong caption does harm.
+"""
+
+NOT_IN_CARD = frozenset({"s3", "ray_address", "run_dir", "name", "log_every_s", "cpus_per_worker"})
+"""Settings of the place where a training ran; they do not change the model."""
+
+_DECODERS = {
+    "attention": "a two-layer LSTM with top-down attention (Anderson et al. 2018)",
+    "show_tell": "the LSTM of Show and Tell (Vinyals et al. 2015)",
+}
+
+
+def model_card(
+    config: TrainConfig, metrics: dict[str, Any], *, num_images: int, num_captions: int, vocabulary_size: int
+) -> str:
+    """The card's text. `metrics` is what goes into the bundle's metrics.json."""
+    names = {"bleu_1": "BLEU-1", "bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider_d": "CIDEr-D"}
+    scores = {label: metrics["scores"].get(name) for name, label in names.items()}
+    head = "| " + " | ".join(scores) + " |\n|" + "---|" * len(scores)
+    values = "| " + " | ".join("-" if value is None else f"{100 * value:.1f}" for value in scores.values()) + " |"
+    return _TEMPLATE.format(
+        name=config.run_name,
+        encoder=config.encoder,
+        decoder=_DECODERS[config.decoder],
+        num_images=num_images,
+        num_captions=num_captions,
+        num_val_images=metrics["num_images"],
+        vocabulary_size=vocabulary_size,
+        data_notice=config.data_notice or "The licence of the training data was not stated.",
+        split=f"Validation split, {metrics['num_images']:,} images, x100",
+        beam_size=config.beam_size,
+        tokenizer=metrics["tokenizer"],
+        epoch=metrics["epoch"],
+        epochs=config.epochs,
+        scores=f"{head}\n{values}",
+        command=command_line(config),
+    )
+
+
+def command_line(config: TrainConfig) -> str:
+    """The command that repeats a training: every setting that is not the default and that the result depends on."""
+    words = ["raycap", "train"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in NOT_IN_CARD or value == field.default:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)

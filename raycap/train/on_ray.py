@@ -1,0 +1,373 @@
+"""Training on Ray Train: one worker or many, on CPUs (gloo) or GPUs (NCCL)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointConfig, Result, RunConfig, ScalingConfig
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from raycap.coco import CaptionedImage, read_captions
+from raycap.errors import ConfigurationError
+from raycap.evaluate import score_captions
+from raycap.images import Preprocessing
+from raycap.model.bundle import Bundle
+from raycap.model.config import DecoderConfig
+from raycap.model.decoder import Decoder, build_decoder
+from raycap.model.encoder import Encoder, pretrained_encoder
+from raycap.model.network import CaptionNetwork
+from raycap.model.vocabulary import Vocabulary
+from raycap.on_ray import connect, mailbox, raycap_cause
+from raycap.storage import Store, open_store
+from raycap.train.card import NOT_IN_CARD, model_card
+from raycap.train.config import TrainConfig
+from raycap.train.data import CaptionData
+from raycap.train.features import Features, compute_features
+from raycap.train.loop import Learner, caption_features
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[[str], None]
+STATE, CAPTIONS = "learner.pt", "captions.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the driver hands to every worker."""
+
+    config: TrainConfig
+    vocabulary: Vocabulary
+    train_images: list[CaptionedImage]
+    val_images: list[CaptionedImage]
+    train_store: Store
+    """Made on the driver: a relative path means the driver's directory, not a worker's."""
+    val_store: Store
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train, and write the bundle of the best epoch to `config.output`. Returns the bundle's metrics.
+
+    Everything that can be checked before workers start is checked here; errors are ConfigurationError or StorageError.
+    """
+    train_images = read_captions(config.annotations, config.s3)
+    val_images = read_captions(config.val_annotations, config.s3)
+    train_store = open_store(config.images, config.s3)
+    val_store = open_store(config.val_images or config.images, config.s3)
+    train_store.check_readable()
+    val_store.check_readable()
+    open_store(config.output, config.s3).check_writable()
+    vocabulary = Vocabulary.from_captions(
+        (c for image in train_images for c in image.captions), min_count=config.min_count
+    )
+    log.info(
+        "training on %d images (%d captions), validating on %d; %d words",
+        len(train_images),
+        sum(len(image.captions) for image in train_images),
+        len(val_images),
+        len(vocabulary),
+    )
+    connect(config.ray_address)
+    job = Job(
+        config=config,
+        vocabulary=vocabulary,
+        train_images=train_images,
+        val_images=val_images,
+        train_store=train_store,
+        val_store=val_store,
+    )
+    result = _fit(job)
+    return _write_bundle(job, result)
+
+
+def _fit(job: Job) -> Result:
+    config = job.config
+    cpus = _cpus_per_worker(config)
+    available = ray.cluster_resources()
+    wanted = {"CPU": cpus * config.num_workers, "GPU": config.num_workers if config.use_gpu else 0}
+    for resource, amount in wanted.items():
+        if amount > available.get(resource, 0):
+            raise ConfigurationError(
+                f"training needs {amount} {resource}s ({config.num_workers} workers), but Ray has {available.get(resource, 0):g}; "
+                "lower --num-workers or --cpus-per-worker, or use a larger cluster"
+            )
+    config.run_path.mkdir(parents=True, exist_ok=True)
+    with mailbox(log.info) as box:
+        return _fit_with(job, cpus, box)
+
+
+def _fit_with(job: Job, cpus: int, box: Any) -> Result:
+    config = job.config
+    trainer = ray.train.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": ray.put(job), "cpus": cpus, "mailbox": box},
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=_resources(config, cpus)
+        ),
+        run_config=RunConfig(
+            name=config.run_name,
+            storage_path=str(config.run_path.parent),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="cider_d", checkpoint_score_order="max"
+            ),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        cause = raycap_cause(error)
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def _cpus_per_worker(config: TrainConfig) -> int:
+    if config.cpus_per_worker:
+        return config.cpus_per_worker
+    return 1 if config.use_gpu else max(1, int(ray.cluster_resources().get("CPU", 1)) // config.num_workers)
+
+
+def _resources(config: TrainConfig, cpus: int) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": 1} if config.use_gpu else {"CPU": cpus}
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    torch.set_num_threads(settings["cpus"])
+    job: Job = ray.get(settings["job"])
+    config = job.config
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+
+    def tell(line: str) -> None:
+        """A line for the user, from the first worker."""
+        if rank == 0:
+            settings["mailbox"].post.remote(line)
+
+    encoder, preprocessing = _encoder(config)
+    encoder = encoder.to(device).eval()
+    train_features = _features(
+        job.train_images, job.train_store, encoder, preprocessing, config, tell, flip=config.flip
+    )
+    val_features = _features(job.val_images, job.val_store, encoder, preprocessing, config, tell, flip=False)
+
+    torch.manual_seed(config.seed)
+    decoder = build_decoder(_decoder_config(config, encoder, job.vocabulary)).to(device)
+    wrapped = ray.train.torch.prepare_model(decoder, move_to_device=False)
+    data = CaptionData.encode(
+        job.train_images,
+        train_features,
+        job.vocabulary,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+    )
+    learner = Learner(
+        config, decoder, data, wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
+    )
+    start_epoch = _restore(learner, tell)
+    monitor = _Monitor(config, data.steps_per_epoch, tell) if rank == 0 else None
+    for epoch in range(start_epoch, config.epochs):
+        metrics = learner.train_epoch(epoch, monitor.on_step if monitor else lambda step, metrics: None)
+        captions = _validation_captions(learner.best_decoder, val_features, job, rank, world_size)
+        if monitor is None:
+            ray.train.report({})
+            continue
+        references = {image.image_id: list(image.captions) for image in job.val_images if image.image_id in captions}
+        scores = score_captions(references, captions, metrics=("bleu_4", "cider_d"))
+        metrics |= scores.values | {"epoch": epoch + 1}
+        monitor.on_epoch(epoch, metrics)
+        with tempfile.TemporaryDirectory() as directory:
+            torch.save(learner.state_dict() | {"epoch": epoch + 1}, Path(directory, STATE))
+            Path(directory, CAPTIONS).write_text(json.dumps(captions))
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
+
+
+def _encoder(config: TrainConfig) -> tuple[Encoder, Preprocessing]:
+    encoder, size_px = pretrained_encoder(config.encoder)
+    return encoder, Preprocessing(size_px=config.size_px or size_px, resize=config.resize)
+
+
+def _decoder_config(config: TrainConfig, encoder: Encoder, vocabulary: Vocabulary) -> DecoderConfig:
+    return DecoderConfig(
+        kind=config.decoder,
+        vocabulary_size=len(vocabulary),
+        feature_size=encoder.config.num_channels,
+        hidden_size=config.hidden_size,
+        attention_size=config.attention_size,
+        dropout=config.dropout,
+    )
+
+
+def _features(
+    images: list[CaptionedImage],
+    store: Store,
+    encoder: Encoder,
+    preprocessing: Preprocessing,
+    config: TrainConfig,
+    tell: Tell,
+    *,
+    flip: bool,
+) -> Features:
+    """The cached features of these images; all workers compute them together."""
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > config.log_every_s:
+            last = time.monotonic()
+            whose = " of worker 0's share" if context.get_world_size() > 1 else ""
+            tell(f"encoding the images of {store.location}: {done} of {total}{whose}")
+
+    features = compute_features(
+        encoder,
+        preprocessing,
+        store,
+        [image.file_name for image in images],
+        config.run_path.parent / "features",
+        flip=flip,
+        rank=rank,
+        world_size=context.get_world_size(),
+        barrier=dist.barrier if dist.is_initialized() else lambda: None,
+        progress=progress,
+    )
+    if features.failed:
+        name, reason = next(iter(features.failed.items()))
+        tell(f"{len(features.failed)} images cannot be used, such as {name} ({reason})")
+    if len(features.failed) == len(images):
+        reason = next(iter(features.failed.values()))
+        raise ConfigurationError(f"none of the {len(images)} images in {store.location} can be read: {reason}")
+    return features
+
+
+def _validation_captions(decoder: Decoder, features: Features, job: Job, rank: int, world_size: int) -> dict[int, str]:
+    """Captions of all validation images by image id, made by all workers together."""
+    rows = [row for row, image in enumerate(job.val_images) if image.file_name not in features.failed][rank::world_size]
+    captions = caption_features(decoder, features, rows, job.vocabulary, job.config.decoding)
+    mine = {job.val_images[row].image_id: caption for row, caption in zip(rows, captions, strict=True)}
+    if world_size == 1:
+        return mine
+    parts: list[Any] = [None] * world_size
+    dist.all_gather_object(parts, mine)
+    return {image_id: caption for part in parts for image_id, caption in part.items()}
+
+
+def _restore(learner: Learner, tell: Tell) -> int:
+    """Load the run's last checkpoint, if it has one; return the epoch to go on with."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as directory:
+        state = torch.load(Path(directory, STATE), map_location=learner.device, weights_only=True)
+    learner.load_state_dict(state)
+    epoch: int = state["epoch"]
+    tell(f"resuming after epoch {epoch}")
+    return epoch
+
+
+class _Monitor:
+    """Progress lines and TensorBoard, from the first worker."""
+
+    def __init__(self, config: TrainConfig, steps_per_epoch: int, tell: Tell) -> None:
+        self.config = config
+        self.tell = tell
+        self.steps_per_epoch = steps_per_epoch
+        self.writer = SummaryWriter(str(config.run_path / "tensorboard"))
+        self.last = time.monotonic()
+        self.best = 0.0
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        if time.monotonic() - self.last < self.config.log_every_s:
+            return
+        self.last = time.monotonic()
+        epoch, in_epoch = divmod(step - 1, self.steps_per_epoch)
+        rate = metrics["train/images_per_s"]
+        left_s = (self.config.epochs * self.steps_per_epoch - step) * self.config.batch_size / rate
+        self.tell(
+            f"epoch {epoch + 1}/{self.config.epochs}  batch {in_epoch + 1}/{self.steps_per_epoch}  "
+            f"loss {metrics['train/loss']:.3f}  {rate:.0f} images/s  {left_s / 60:.0f} min left"
+        )
+
+    def on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        for name in ("cider_d", "bleu_4"):
+            self.writer.add_scalar(f"val/{name}", metrics[name], (epoch + 1) * self.steps_per_epoch)
+        self.writer.flush()
+        best = " (best so far)" if metrics["cider_d"] > self.best else ""
+        self.best = max(self.best, metrics["cider_d"])
+        self.tell(
+            f"epoch {epoch + 1}/{self.config.epochs} done in {metrics['epoch_s']:.0f} s  "
+            f"train loss {metrics['train_loss']:.3f}  validation CIDEr-D {100 * metrics['cider_d']:.1f}  "
+            f"BLEU-4 {100 * metrics['bleu_4']:.1f}{best}"
+        )
+
+
+def _write_bundle(job: Job, result: Result) -> dict[str, Any]:
+    """Make the bundle of the best checkpoint and score its validation captions with every metric."""
+    config = job.config
+    checkpoint = max(result.best_checkpoints, key=lambda pair: pair[1]["cider_d"])[0]
+    with checkpoint.as_directory() as directory:
+        state = torch.load(Path(directory, STATE), map_location="cpu", weights_only=True)
+        captions = {
+            int(image_id): caption for image_id, caption in json.loads(Path(directory, CAPTIONS).read_text()).items()
+        }
+    encoder, preprocessing = _encoder(config)
+    decoder = build_decoder(_decoder_config(config, encoder, job.vocabulary))
+    averaged = {
+        name.removeprefix("module."): tensor for name, tensor in state["averaged"].items() if name != "n_averaged"
+    }
+    decoder.load_state_dict(averaged)
+    references = {image.image_id: list(image.captions) for image in job.val_images if image.image_id in captions}
+    scores = score_captions(references, captions)
+    metrics = {
+        "split": os.path.basename(config.val_annotations),
+        "num_images": scores.num_images,
+        "epoch": state["epoch"],
+        "beam_size": config.beam_size,
+        "length_penalty": config.length_penalty,
+        "tokenizer": scores.tokenizer,
+        "scores": scores.values,
+    }
+    card = model_card(
+        config,
+        metrics,
+        num_images=len(job.train_images),
+        num_captions=sum(len(image.captions) for image in job.train_images),
+        vocabulary_size=len(job.vocabulary),
+    )
+    bundle = Bundle(
+        network=CaptionNetwork(encoder, decoder),
+        vocabulary=job.vocabulary,
+        preprocessing=preprocessing,
+        decoding=config.decoding,
+        metrics=metrics | {"training": _saved(config)},
+        card=card,
+    )
+    model_id = bundle.save(config.output, s3=config.s3, weights_dtype=config.weights_dtype)
+    log.info("wrote bundle %s to %s", model_id, config.output)
+    return metrics
+
+
+def _saved(config: TrainConfig) -> dict[str, Any]:
+    """The training settings as they are kept in the bundle: nothing of the storage or the machine."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_CARD}
