@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
+from pyarrow.fs import FileSystem
 
 import raycap
 from raycap.bulk.layout import CAPTIONS_PREFIX, CHUNKS_PREFIX, RUN, SUMMARY
@@ -68,8 +69,8 @@ _CONFIDENCE_BARS: Final = 20
 
 _LITTLE_WORDS: Final = """
     a an the and or but of to in into on onto at by with without from for as over under up down off out through near
-    next is are be being been was were has have having it its his her their he she they them him there this that these those
-    while who which some two three one several other another each
+    next is are be being been was were has have having it its his her their he she they them him there this that these
+    those while who which some two three one several other another each
 """
 _STOPWORDS: Final = frozenset(_LITTLE_WORDS.split())
 """Words that say little of what a picture shows: left out of the list of frequent words, counted everywhere else."""
@@ -94,8 +95,9 @@ def write_report(output: str, *, s3: S3Options = _DEFAULT_S3, max_images: int = 
     settings = summary.get("config") or _read_json(store, RUN)
     keys = _caption_files(store, output, finished=bool(summary))
     digest = Digest(max_images=max_images, seed=seed)
+    filesystem, root = store.arrow_filesystem()
     for key in keys:
-        for batch in _batches(store, key):
+        for batch in _batches(filesystem, f"{root}/{key}", name=store.uri(key)):
             digest.add(batch)
     tiles = _make_tiles(digest.sample.rows(), s3, _limits(settings))
     store.write(REPORT, _render(output, summary, settings, digest, tiles).encode(errors="replace"))
@@ -134,20 +136,19 @@ def _limits(settings: dict[str, Any]) -> ImageLimits:
     return ImageLimits(**{name: given[name] for name in names if isinstance(given.get(name), int)})
 
 
-def _batches(store: Store, key: str) -> Iterator[pa.Table]:
-    """The columns that matter, a bounded number of rows at a time."""
-    filesystem, root = store.arrow_filesystem()
+def _batches(filesystem: FileSystem, path: str, *, name: str) -> Iterator[pa.Table]:
+    """The columns that matter of one file, a bounded number of rows at a time."""
     try:
-        with filesystem.open_input_file(f"{root}/{key}") as source:
+        with filesystem.open_input_file(path) as source:
             file = pq.ParquetFile(source, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
             if missing := sorted(set(_COLUMNS) - set(file.schema_arrow.names)):
-                raise ConfigurationError(f"{store.uri(key)} was not written by raycap: no column {', '.join(missing)}")
+                raise ConfigurationError(f"{name} was not written by raycap: no column {', '.join(missing)}")
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(_COLUMNS)):
                 yield pa.Table.from_batches([batch])
     except pa.ArrowInvalid as error:
-        raise ConfigurationError(f"{store.uri(key)} is no readable Parquet file: {error}; caption again") from error
+        raise ConfigurationError(f"{name} is no readable Parquet file: {error}; caption again") from error
     except OSError as error:
-        raise StorageError(f"cannot read {store.uri(key)}: {error}") from error
+        raise StorageError(f"cannot read {name}: {error}") from error
 
 
 # What the captions say

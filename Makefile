@@ -1,0 +1,43 @@
+# Everything runs in .venv, which each target installs or refreshes as needed. PYTHON=python3.12 make demo chooses an interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
+.PHONY: demo test unit check format clean
+
+demo: .venv/installed                  ## caption the sample photos into out/
+	$(BIN)/raycap caption raycap/samples out
+
+test: .venv/installed-test             ## every test
+	$(BIN)/python -m pytest
+
+unit: .venv/installed-test             ## the fast tests
+	$(BIN)/python -m pytest -m "not integration"
+
+check: .venv/installed-test            ## format, lint, types and every test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: .venv/installed-test           ## format and sort imports in place
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv out
+
+.venv/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raycap needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	ln -sf bin/python .venv/python
+
+.venv/installed: .venv/python pyproject.toml constraints.txt
+	@echo "installing raycap into .venv: a few minutes, about 6 GB with PyTorch"
+	$(INSTALL) .
+	touch $@
+
+.venv/installed-test: .venv/python pyproject.toml constraints.txt
+	@echo "installing raycap and what its tests need into .venv: a few minutes, about 6 GB with PyTorch"
+	$(INSTALL) ".[test]"
+	touch .venv/installed $@
