@@ -1,22 +1,26 @@
 """The `raycap` command: parse, set up logging, call one function.
 
-Options, defaults and help are those of the configuration dataclasses. What needs torch or Ray is imported by the command
-that needs it, so `raycap --help` answers at once.
+Options, defaults and help are those of the configuration dataclasses. What needs torch or Ray is imported by the
+command that needs it, so `raycap --help` answers at once.
 """
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from typing import Annotated, Any, get_args
 
 import tyro
+from rich.console import Console
 from rich.logging import RichHandler
 
 import raycap
 from raycap.bulk.config import BenchmarkConfig, CaptionConfig, ReportConfig
-from raycap.errors import RaycapError
+from raycap.errors import ConfigurationError, RaycapError
 from raycap.evaluate.config import EvaluateConfig
 from raycap.train.config import TrainConfig
 
@@ -32,7 +36,7 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit with 0 (all done), 1 (too many rows failed), 2 (bad usage, settings or storage) or 130 (Ctrl-C)."""
+    """Run one command and exit: 0 all done, 1 too many rows failed, 2 bad usage, settings or storage, 130 Ctrl-C."""
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -41,21 +45,67 @@ def run(argv: Sequence[str]) -> int:
     if list(argv) in (["--version"], ["-V"]):
         sys.stdout.write(f"raycap {raycap.__version__}\n")
         return EXIT_OK
-    _set_up_logging()
     try:
-        config = tyro.cli(
-            Command,  # type: ignore[arg-type]
-            prog="raycap",
-            description="Image captioning on Ray: a folder or a bucket in, a caption for every image out.",
-            args=list(argv),
-        )
-        return _dispatch(config)
+        with _logging():
+            return _dispatch(_parse(argv))
     except RaycapError as error:
-        sys.stderr.write(f"raycap: error: {error}\n")
+        sys.stderr.write(f"raycap: error: {' '.join(str(error).split())}\n")
         return EXIT_USAGE
     except KeyboardInterrupt:
         sys.stderr.write("raycap: interrupted; what was written stays, and the same command goes on from there\n")
         return EXIT_INTERRUPTED
+
+
+def _parse(argv: Sequence[str]) -> object:
+    """The command's settings. Raises ConfigurationError, and SystemExit after `--help`."""
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return tyro.cli(
+                Command,
+                prog="raycap",
+                description="Image captioning on Ray: a folder or a bucket in, a caption for every image out.",
+                args=list(argv),
+                registry=_registry(),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigurationError(_one_line(complaint.getvalue())) from None
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Options that may be left out take what their type says. tyro's own rule would show `{None}|INT`, and make None of
+    the text "None"."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        kinds = get_args(info.type)
+        kind = kinds[0] if len(kinds) == 2 and kinds[1] is type(None) else None
+        if kind not in (str, int, float):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kind.__name__.upper(),
+            instance_from_str=lambda texts: kind(texts[0]),
+            is_instance=lambda value: value is None or isinstance(value, kind),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _one_line(box: str) -> str:
+    """What tyro wrote into a box, as one line: its parts without the title and without the help of the option.
+
+    Where the terminal is not UTF-8, the box is drawn with |, + and -.
+    """
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()[1:]]
+    parts = [" ".join(part.split()).rstrip(".") for part in re.split(r"[─-]{8,}", " ".join(lines))]
+    return "; ".join(part for part in parts if part and not part.startswith("Argument helptext"))
 
 
 def _dispatch(config: object) -> int:
@@ -89,16 +139,21 @@ def _dispatch(config: object) -> int:
     return EXIT_OK
 
 
-def _set_up_logging() -> None:
+@contextmanager
+def _logging() -> Iterator[None]:
     """`raycap` loggers to standard error: pretty on a terminal, plain lines elsewhere."""
-    logger = logging.getLogger("raycap")
-    if logger.handlers:
-        return
-    handler: logging.Handler
-    if sys.stderr.isatty():
-        handler = RichHandler(show_path=False, log_time_format="[%X]")
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger, handler = logging.getLogger("raycap"), _log_handler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _log_handler() -> logging.Handler:
+    if sys.stderr.isatty():
+        return RichHandler(show_path=False, log_time_format="[%X]", console=Console(stderr=True))
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    return handler

@@ -130,7 +130,7 @@ class ImageLimits:
 class DecodedImage:
     """One picture, ready for the encoder, and what its file said about it."""
 
-    pixels_HWC: np.ndarray[Any, np.dtype[np.uint8]]  # noqa: N815  the shape suffix
+    pixels_HWC: np.ndarray[Any, np.dtype[np.uint8]]
     """uint8 [size_px, size_px, 3], RGB, C-contiguous, writable."""
 
     width: int

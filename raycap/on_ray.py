@@ -17,17 +17,17 @@ log = logging.getLogger(__name__)
 
 
 def connect(address: str | None = None) -> None:
-    """Connect to the cluster at `address` or RAY_ADDRESS; without either, start Ray on this machine. Does nothing if connected.
+    """Connect to the cluster at `address` or RAY_ADDRESS; without either, start Ray on this machine.
 
+    Does nothing if connected.
     Workers' own output stays in Ray's log files: what a user should read comes through a `Mailbox`.
     Raises ConfigurationError if no cluster answers at the address.
     """
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS") or None
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # Ray's own future default; unset, it warns in every process
+    # Ray's own future default; unset, it warns in every process.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is None:
         log.info("starting Ray on this machine")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -36,8 +36,10 @@ def connect(address: str | None = None) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise ConfigurationError(
-            f"no Ray cluster answers at {address!r}: {error}; check --ray-address or RAY_ADDRESS, or leave both out to run on this machine"
+            f"no Ray cluster answers at {address!r}: {reason}; check --ray-address or RAY_ADDRESS, "
+            "or leave both out to run on this machine"
         ) from error
     log.info("connected to the Ray cluster at %s", address)
 
@@ -61,8 +63,8 @@ class Mailbox:
 
 @contextmanager
 def mailbox(handle: Callable[[Any], None], *, every_s: float = 0.5) -> Iterator[Any]:
-    """A `Mailbox` whose messages go to `handle`, in a thread of the driver, until the block ends; then the last ones too."""
-    box = Mailbox.remote()
+    """A `Mailbox` whose messages go to `handle`, in a thread of the driver, until the block ends; the last ones too."""
+    box = Mailbox.remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def deliver() -> None:

@@ -26,3 +26,13 @@ def no_aws_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a saved bundle of random weights."""
+    from tests.bundles import random_bundle  # torch: only where it is needed
+
+    path = str(tmp_path_factory.mktemp("bundle") / "tiny")
+    random_bundle().save(path)
+    return path

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raycap.bulk.report import REPORT, Digest, Sample, TopCounter, confidence, write_report
+from raycap.bulk.report import REPORT, write_report
+from raycap.bulk.report.digest import Digest, Sample, TopCounter, confidence
 from raycap.errors import ConfigurationError
 from raycap.storage import open_store
 from tests.hostile import base_picture, encode, exif_with_orientation, hostile_files

@@ -371,7 +371,7 @@ def answering(answer: Callable[[int, str, str], Answer]) -> Iterator[Answering]:
                 self.wfile.write(body)
             self.close_connection = True
 
-        do_GET = do_PUT = do_HEAD = do_DELETE = handle_any  # noqa: N815
+        do_GET = do_PUT = do_HEAD = do_DELETE = handle_any
 
         def log_message(self, *_: object) -> None:
             pass

@@ -8,10 +8,10 @@ import os
 import platform
 import tempfile
 import time
+from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
-import ray
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure, print a table, and write the JSON that was asked for.
 
-    The tight loop decodes and captions files from memory in this process, with all cores as torch's threads. The pipeline
-    is `raycap caption` on the whole source, counted from its first finished batch to its last, so that neither includes
-    starting up. Raises ConfigurationError or StorageError.
+    The tight loop decodes and captions files from memory in this process, with all cores as torch's threads. The
+    pipeline is `raycap caption` on the whole source, counted from its first finished batch to its last, so that neither
+    includes starting up. Raises ConfigurationError or StorageError.
     """
     store = open_store(config.source, config.s3)
     store.check_readable()
@@ -84,7 +84,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
             "raycap": raycap.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "ray": ray.__version__,
+            "ray": version("ray"),
         },
     }
     if config.output:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +17,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycap.bulk.layout import CHUNK_ROWS, CHUNKS_PREFIX, chunk_key, chunk_rows, num_chunks, part_key
+from raycap.bulk.layout import CAPTIONS_PREFIX, CHUNK_ROWS, CHUNKS_PREFIX, chunk_key, chunk_rows, num_chunks, part_key
 from raycap.bulk.rows import FAILED, OUTPUT_SCHEMA, STAGES
-from raycap.errors import StorageError
+from raycap.errors import ObjectNotFoundError, StorageError
 from raycap.storage import Store
+
+CHUNKS_PER_ROW_GROUP = 64
+"""Chunks in each row group of the final files, 16,384 rows: what a reader decodes at a time."""
+
+_CHUNK_NAME = re.compile(r"(\d{8,})\.parquet")
+_PART_NAME = re.compile(r"part-\d{5,}\.parquet")
 
 
 def commit_chunk(rows: pa.Table, output: Store, num_rows: int) -> int:
-    """Write the captions of one chunk; returns its number. Asserts that the rows are those of the chunk, all and in order."""
+    """Write the captions of one chunk; returns its number. Asserts that its rows are all there, and in order."""
     row_ids = rows["row_id"].to_numpy()
     chunk = int(row_ids[0]) // CHUNK_ROWS
     expected = chunk_rows(chunk, num_rows)
@@ -38,7 +45,9 @@ def missing_chunks(output: Store, num_rows: int) -> np.ndarray:
     """Numbers of the chunks without a file, int64."""
     missing = np.ones(num_chunks(num_rows), bool)
     for info in output.list(CHUNKS_PREFIX):
-        missing[int(info.key.removeprefix(CHUNKS_PREFIX).removesuffix(".parquet"))] = False
+        name = _CHUNK_NAME.fullmatch(info.key.removeprefix(CHUNKS_PREFIX))
+        if name and int(name[1]) < len(missing):  # other files are nothing of ours
+            missing[int(name[1])] = False
     return np.flatnonzero(missing)
 
 
@@ -52,7 +61,7 @@ class Tally:
     """Rows by error code."""
     examples: dict[str, tuple[str, str]] = field(default_factory=dict)
     """The first uri and message of each error code."""
-    stage_s: Counter[str] = field(default_factory=Counter)
+    stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     """Seconds by stage, summed over workers."""
     num_bytes: int = 0
 
@@ -61,7 +70,8 @@ class Tally:
         self.counts.update(other.counts)
         self.errors.update(other.errors)
         self.examples = other.examples | self.examples
-        self.stage_s.update(other.stage_s)
+        for name, seconds in other.stage_s.items():
+            self.stage_s[name] += seconds
         self.num_bytes += other.num_bytes
 
     @property
@@ -113,22 +123,52 @@ def chunks_of_parts(num_rows: int, rows_per_file: int) -> list[range]:
     return [range(start, min(start + per_part, total)) for start in range(0, total, per_part)]
 
 
+def delete_parts(output: Store, num_parts: int) -> None:
+    """Delete final files past the first `num_parts`: an earlier try with fewer rows in each file may have left them."""
+    expected = {part_key(part) for part in range(num_parts)}
+    stale = [
+        info.key
+        for info in output.list(CAPTIONS_PREFIX)
+        if info.key not in expected and _PART_NAME.fullmatch(info.key.removeprefix(CAPTIONS_PREFIX))
+    ]
+    for key in stale:
+        output.delete(key)
+
+
 def finish_part(output: Store, part: int, chunks: Iterable[int], num_rows: int) -> Tally:
     """Join chunk files into one output file, in order. Raises StorageError if a chunk is not whole."""
     total = Tally()
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, OUTPUT_SCHEMA, compression="zstd") as writer:
-        for chunk in chunks:
-            rows = pq.read_table(io.BytesIO(output.read(chunk_key(chunk))))
-            expected = chunk_rows(chunk, num_rows)
-            if not np.array_equal(rows["row_id"].to_numpy(), np.arange(expected.start, expected.stop)):
-                raise StorageError(
-                    f"{output.uri(chunk_key(chunk))} was changed; delete it and run the same command again"
-                )
-            total.add(tally(rows))
-            writer.write_table(rows.select(OUTPUT_SCHEMA.names))
+        for group in _groups(chunks):
+            tables = [_read_chunk(output, chunk, num_rows) for chunk in group]
+            for rows in tables:
+                total.add(tally(rows))
+            writer.write_table(pa.concat_tables(tables).select(OUTPUT_SCHEMA.names))
     output.write(part_key(part), sink.getvalue())
     return total
+
+
+def _groups(chunks: Iterable[int]) -> Iterator[list[int]]:
+    remaining = list(chunks)
+    for start in range(0, len(remaining), CHUNKS_PER_ROW_GROUP):
+        yield remaining[start : start + CHUNKS_PER_ROW_GROUP]
+
+
+def _read_chunk(output: Store, chunk: int, num_rows: int) -> pa.Table:
+    key, expected = chunk_key(chunk), chunk_rows(chunk, num_rows)
+    advice = "delete it and run the same command again"
+    try:
+        rows = pq.read_table(io.BytesIO(output.read(key)))
+    except ObjectNotFoundError as error:
+        raise StorageError(f"{output.uri(key)} has gone; run the same command again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{output.uri(key)}: not a Parquet file any more; {advice}") from error
+    if rows.schema.names != [*OUTPUT_SCHEMA.names, *STAGES] or not np.array_equal(
+        rows["row_id"].to_numpy(), np.arange(expected.start, expected.stop)
+    ):
+        raise StorageError(f"{output.uri(key)} was changed; {advice}")
+    return rows
 
 
 def write_json(output: Store, key: str, value: object) -> None:

@@ -11,14 +11,17 @@ from raycap.images import ImageLimits
 from raycap.model.config import require
 from raycap.storage import S3Options
 
+Source = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
+Output = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUTPUT")]]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionConfig:
     """Caption every image of a directory or an s3:// prefix. The same command again goes on where a run was stopped."""
 
-    source: tyro.conf.Positional[str]
+    source: Source
     """Directory, image file or s3://bucket/prefix."""
-    output: tyro.conf.Positional[str]
+    output: Output
     """Directory or s3://bucket/prefix for captions/*.parquet, summary.json and report.html."""
 
     model: str | None = None
@@ -31,13 +34,13 @@ class CaptionConfig:
     """Longest caption in words; by default the bundle's setting."""
     batch_size: int = 32
     """Images captioned at a time."""
-    device: str = "auto"
-    """auto (a GPU if the actor has one), cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to caption. auto: on GPUs if the cluster has any."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the model's arithmetic. auto: float32 on a CPU, bfloat16 on a GPU that has it."""
 
     all_files: bool = False
-    """Try every object. By default, those whose name ends like something else (.txt, .mp4 ...) become rows with status skipped."""
+    """Try every object. By default, those named otherwise (.txt, .mp4 ...) become rows with status skipped."""
     max_bytes: int = ImageLimits().max_bytes
     """Larger files are not fetched: their rows say too_large."""
     max_pixels: int = ImageLimits().max_pixels
@@ -46,7 +49,7 @@ class CaptionConfig:
     """Share of failed rows up to which the exit code is 0; above it, 1."""
 
     num_actors: int | None = None
-    """Captioning actors; by default one for each GPU, or for each `cpus-per-actor` cores."""
+    """Captioning actors; by default one for each GPU, or for each --cpus-per-actor cores."""
     gpus_per_actor: float | None = None
     """GPUs of each actor, fractions allowed; by default 1 if the cluster has GPUs, else 0."""
     cpus_per_actor: int | None = None
@@ -96,9 +99,9 @@ class CaptionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """Write report.html of an output of `raycap caption`: a gallery, the failures, plots. One file that needs nothing else."""
+    """Write report.html of an output of `raycap caption`: a gallery, the failures, plots; one file by itself."""
 
-    output: tyro.conf.Positional[str]
+    output: Output
     """Directory or s3:// prefix that `raycap caption` wrote to."""
     max_images: int = 200
     """Images in the gallery, chosen at random."""
@@ -114,7 +117,7 @@ class ReportConfig:
 class BenchmarkConfig:
     """Images/s of the bulk job over those of a tight loop around the same model on bytes in memory, in one run."""
 
-    source: tyro.conf.Positional[str]
+    source: Source
     """Directory or s3:// prefix of images."""
     model: str | None = None
     """Bundle, local or s3://; by default the one that ships with raycap."""

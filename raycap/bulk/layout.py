@@ -8,8 +8,9 @@
     _raycap/manifest/00000.parquet    shards of the manifest, CHUNKS_PER_SHARD chunks each
     _raycap/chunks/00000000.parquet   captions of one finished chunk of CHUNK_ROWS rows
 
-The chunk is the unit of work and of commit. Its file appears whole, under a name that follows from its row ids alone: a
-repeated task overwrites its own file, and a rerun does the chunks that have no file. So every row is there exactly once.
+The chunk is the unit of work and of commit. Its file appears whole, under a name that follows from its row ids alone:
+a repeated task overwrites its own file, and a rerun does the chunks that have no file. So every row is there exactly
+once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 CHUNK_ROWS = 256
 """Rows of a chunk: at 224 px, 38 MB of pixels, and what a crash can lose of each worker's time."""
 CHUNKS_PER_SHARD = 16
+"""Chunks of a manifest shard, one row group each: 4,096 rows are some hundred kilobytes."""
 SUMMARY = "summary.json"
 RUN = "_raycap/run.json"
 MANIFEST = "_raycap/manifest.json"

@@ -1,4 +1,7 @@
-"""The manifest: every object of the source, numbered once, before anything is captioned. Knows nothing of Ray or torch."""
+"""The manifest: every object of the source, numbered once, before anything is captioned.
+
+Knows nothing of Ray or torch.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,16 @@ import hashlib
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycap.bulk.layout import CHUNK_ROWS, CHUNKS_PER_SHARD, MANIFEST, chunk_rows, shard_key
-from raycap.errors import NotFoundError
-from raycap.storage import ObjectInfo, Store
+from raycap.errors import NotFoundError, ObjectNotFoundError, StorageError
+from raycap.storage import ObjectInfo, Store, is_s3
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +26,7 @@ SCHEMA = pa.schema(
     [("row_id", pa.int64()), ("uri", pa.string()), ("key", pa.string()), ("etag", pa.string()), ("size", pa.int64())]
 )
 LOG_EVERY_ROWS = 100_000
+_START_OVER = "choose another output, or delete this one and start over"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +46,7 @@ def open_manifest(source: Store, output: Store) -> Manifest:
     Raises NotFoundError if the source holds no objects.
     """
     if output.exists(MANIFEST):
-        return Manifest(**json.loads(output.read(MANIFEST)))
+        return _read_manifest(output)
     digest, num_rows, num_bytes = hashlib.sha256(), 0, 0
     objects = _without_output(source, output)
     for shard, infos in enumerate(_groups(objects, CHUNK_ROWS * CHUNKS_PER_SHARD)):
@@ -60,25 +64,39 @@ def open_manifest(source: Store, output: Store) -> Manifest:
     return manifest
 
 
+def _read_manifest(output: Store) -> Manifest:
+    try:
+        return Manifest(**json.loads(output.read(MANIFEST)))
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{output.uri(MANIFEST)} was changed: {error}; {_START_OVER}") from error
+
+
 def read_chunk(output: Store, chunk: int, num_rows: int) -> pa.Table:
-    """The manifest rows of one chunk."""
-    shard = _read_shard(output, chunk // CHUNKS_PER_SHARD)
-    rows = chunk_rows(chunk, num_rows)
-    return shard.slice(rows.start - shard["row_id"][0].as_py(), len(rows))
-
-
-@lru_cache(maxsize=4)  # neighbouring chunks share a shard
-def _read_shard(output: Store, shard: int) -> pa.Table:
-    return pq.read_table(io.BytesIO(output.read(shard_key(shard))))
+    """The manifest rows of one chunk. Raises StorageError if they are not those that were written down."""
+    key = shard_key(chunk // CHUNKS_PER_SHARD)
+    expected = chunk_rows(chunk, num_rows)
+    try:
+        rows = pq.ParquetFile(io.BytesIO(output.read(key))).read_row_group(chunk % CHUNKS_PER_SHARD)
+        if rows.schema.equals(SCHEMA) and rows["row_id"].to_pylist() == list(expected):
+            return rows
+    except (pa.ArrowException, OSError, ObjectNotFoundError) as error:
+        raise StorageError(f"{output.uri(key)}: not a manifest shard of this run: {error}; {_START_OVER}") from error
+    raise StorageError(f"{output.uri(key)} was changed; {_START_OVER}")
 
 
 def _without_output(source: Store, output: Store) -> Iterator[ObjectInfo]:
     """All objects of the source, but for the output where that lies inside it."""
-    root, inside = source.location.rstrip("/") + "/", output.location.rstrip("/") + "/"
+    root, inside = _root(source), _root(output)
     excluded = inside.removeprefix(root) if inside.startswith(root) and inside != root else None
     for info in source.list():
         if excluded is None or not info.key.startswith(excluded):
             yield info
+
+
+def _root(store: Store) -> str:
+    """The store's location with a `/` at its end; of a local one, without symbolic links."""
+    location = store.location if is_s3(store.location) else os.path.realpath(store.location)
+    return location.rstrip("/") + "/"
 
 
 def _groups(objects: Iterator[ObjectInfo], size: int) -> Iterator[list[ObjectInfo]]:
@@ -104,5 +122,5 @@ def _shard(infos: list[ObjectInfo], *, first_row: int) -> bytes:
         schema=SCHEMA,
     )
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=CHUNK_ROWS)  # `read_chunk` counts on it
     return sink.getvalue()

@@ -1,6 +1,6 @@
 """The bulk job on Ray Data.
 
-    chunks to do -> fetch and decode (CPU tasks) -> caption (pool of actors) -> commit (CPU tasks) -> join into the final files
+    chunks to do -> fetch and decode (CPU tasks) -> caption (pool of actors) -> commit (CPU tasks) -> join into files
 
 A chunk stays one block from end to end, so the commit sees it whole.
 """
@@ -25,22 +25,19 @@ from ray.data.datasource import Datasource, ReadTask
 import raycap
 from raycap.bulk import commit
 from raycap.bulk.config import CaptionConfig
-from raycap.bulk.layout import CHUNK_ROWS, RUN, SUMMARY, chunk_rows
+from raycap.bulk.layout import CHUNK_ROWS, MANIFEST, RUN, SUMMARY, chunk_rows
 from raycap.bulk.manifest import Manifest, open_manifest, read_chunk
 from raycap.bulk.progress import RunProgress
-from raycap.bulk.report import write_report
+from raycap.bulk.report import REPORT, write_report
+from raycap.bulk.resources import plan_resources
 from raycap.bulk.rows import FAILED, Fetcher, caption_rows
-from raycap.errors import ConfigurationError, RaycapError
+from raycap.errors import ConfigurationError, RaycapError, StorageError
 from raycap.model.bundle import Bundle
 from raycap.model.captioner import Captioner
 from raycap.on_ray import connect, mailbox, raycap_cause
 from raycap.storage import Store, open_store
 
 log = logging.getLogger(__name__)
-
-FETCH_CPUS = 0.25
-"""CPUs that Ray reserves for a fetching task beside captioning actors on CPUs: decoding takes about a tenth of a core for
-each core that captions (3 to 5 ms against 40 an image)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +54,14 @@ class Outcome:
 def caption(config: CaptionConfig) -> Outcome:
     """Caption the whole source. Resumes a run that was stopped; does nothing if it is complete.
 
-    Raises ConfigurationError or StorageError for what stops a whole run; whatever is wrong with one object is in its row.
+    Raises ConfigurationError or StorageError for what stops a whole run; what is wrong with one object is in its row.
     """
     source, output = open_store(config.source, config.s3), open_store(config.output, config.s3)
+    if source.location.rstrip("/") == output.location.rstrip("/"):
+        raise ConfigurationError(
+            f"{output.location} is the source; the output would mix with the images. Choose another directory or "
+            "prefix, such as one inside it"
+        )
     source.check_readable()
     output.check_writable()
     bundle = Bundle.load(config.model, s3=config.s3)
@@ -67,6 +69,8 @@ def caption(config: CaptionConfig) -> Outcome:
     if output.exists(SUMMARY):
         summary = json.loads(output.read(SUMMARY))
         log.info("%s is complete: %d rows; nothing to do", output.location, summary["num_objects"])
+        if config.report and not output.exists(REPORT):  # it is written after the summary
+            log.info("writing %s", write_report(output.location, s3=config.s3))
         return Outcome(summary=summary, within_limits=_within_limits(summary, config), steady_images_per_s=None)
     started = datetime.now(UTC)
     log.info("listing %s", source.location)
@@ -125,62 +129,20 @@ def _start_or_resume(config: CaptionConfig, source: Store, output: Store, bundle
         "all_files": config.all_files,
         "chunk_rows": CHUNK_ROWS,
     }
-    if not output.exists(RUN):
+    if not output.exists(MANIFEST) or not output.exists(RUN):  # nothing is captioned before the manifest is complete
         commit.write_json(output, RUN, run)
         return
-    before = json.loads(output.read(RUN))
+    try:
+        before = json.loads(output.read(RUN))
+    except ValueError as error:
+        raise StorageError(f"{output.uri(RUN)} was changed: {error}; choose another output") from error
     differing = [name for name in run if before.get(name) != run[name]]
     if differing:
         changes = "; ".join(f"{name} was {before.get(name)}, is now {run[name]}" for name in differing)
         raise ConfigurationError(
-            f"{output.location} holds a run with other settings: {changes}. Repeat that run's command, or choose another output"
+            f"{output.location} holds a run with other settings: {changes}. "
+            "Repeat that run's command, or choose another output"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What the stages get of the cluster."""
-
-    num_actors: int
-    gpus_per_actor: float
-    cpus_per_actor: float
-    threads_per_actor: int
-    cpus_per_fetch: float
-
-
-def plan_resources(config: CaptionConfig, cluster: dict[str, float]) -> Resources:
-    """Share the cluster out. With GPUs: an actor for each, all CPU cores fetch. Without: actors take three quarters of the
-    cores' reservations and fetching the rest, each actor running as many threads as the cores it stands for.
-
-    Raises ConfigurationError if what was asked for is not there.
-    """
-    cores, gpus = int(cluster.get("CPU", 1)), cluster.get("GPU", 0.0)
-    gpus_per_actor = config.gpus_per_actor if config.gpus_per_actor is not None else (1.0 if gpus >= 1 else 0.0)
-    if gpus_per_actor > gpus:
-        raise ConfigurationError(f"--gpus-per-actor {gpus_per_actor:g}, but the cluster has {gpus:g} GPUs")
-    if gpus_per_actor:
-        num_actors = config.num_actors or max(1, int(gpus / gpus_per_actor))
-        return Resources(
-            num_actors=num_actors,
-            gpus_per_actor=gpus_per_actor,
-            cpus_per_actor=1,
-            threads_per_actor=1,
-            cpus_per_fetch=1,
-        )
-    threads = config.cpus_per_actor or (4 if cores >= 16 else 1)
-    num_actors = config.num_actors or max(1, cores // threads)
-    cpus_per_actor = (1 - FETCH_CPUS) * threads
-    if num_actors * cpus_per_actor + FETCH_CPUS > cores:
-        raise ConfigurationError(
-            f"{num_actors} actors of {threads} cores do not fit into {cores} cores; lower --num-actors or --cpus-per-actor"
-        )
-    return Resources(
-        num_actors=num_actors,
-        gpus_per_actor=0,
-        cpus_per_actor=cpus_per_actor,
-        threads_per_actor=threads,
-        cpus_per_fetch=FETCH_CPUS,
-    )
 
 
 def _run(
@@ -195,8 +157,9 @@ def _run(
     """Fetch, caption and commit the chunks `todo`."""
     if len(todo) == 0:
         return
-    resources = plan_resources(config, ray.cluster_resources())
-    log.info("captioning with %d actor%s", resources.num_actors, "s" if resources.num_actors > 1 else "")
+    resources = plan_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    num_actors = min(resources.num_actors, len(todo))
+    log.info("captioning with %d actor%s", num_actors, "s" if num_actors > 1 else "")
     fetcher = Fetcher(
         source=source,
         preprocessing=bundle.preprocessing,
@@ -204,6 +167,7 @@ def _run(
         requests_in_flight=config.requests_in_flight,
         all_files=config.all_files,
     )
+    _quiet_ray_data()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -221,7 +185,7 @@ def _run(
                 fn_constructor_args=(bundle_ref, config, resources.threads_per_actor, box),
                 batch_size=None,
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=resources.num_actors),
+                compute=ray.data.ActorPoolStrategy(size=num_actors),
                 num_cpus=resources.cpus_per_actor,
                 num_gpus=resources.gpus_per_actor or None,
             )
@@ -237,9 +201,21 @@ def _run(
             pass
 
 
+def _quiet_ray_data() -> None:
+    """Keep Ray Data's warnings on the screen; its other lines go to its log file alone."""
+    said_by_us = ("Progress bars disabled", "Exception occurred in user code")
+
+    def is_worth_it(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING and not record.getMessage().startswith(said_by_us)
+
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler) and isinstance(handler, logging.StreamHandler):
+            handler.addFilter(is_worth_it)
+
+
 class _Chunks(Datasource):
-    """Chunks of the manifest as blocks of pixels. Fetching is the read itself: a map after a read would not run at its own
-    share of a CPU (a read reserves a whole one)."""
+    """Chunks of the manifest as blocks of pixels. Fetching is the read itself: a map after a read would not run at its
+    own share of a CPU (a read reserves a whole one)."""
 
     def __init__(self, chunks: list[int], fetcher: Fetcher, output: Store, num_rows: int) -> None:
         super().__init__()
@@ -266,7 +242,7 @@ class _Chunks(Datasource):
         ]
 
 
-def _fetch_chunk(shared: ray.ObjectRef, chunk: int) -> list[pa.Table]:
+def _fetch_chunk(shared: ray.ObjectRef[Any], chunk: int) -> list[pa.Table]:
     fetcher, output, num_rows = ray.get(shared)
     return [fetcher(read_chunk(output, chunk, num_rows))]
 
@@ -274,7 +250,7 @@ def _fetch_chunk(shared: ray.ObjectRef, chunk: int) -> list[pa.Table]:
 class _CaptionActor:
     """A model that captions chunk after chunk."""
 
-    def __init__(self, bundle: ray.ObjectRef, config: CaptionConfig, threads: int, box: Any) -> None:
+    def __init__(self, bundle: ray.ObjectRef[Any], config: CaptionConfig, threads: int, box: Any) -> None:
         torch.set_num_threads(threads)
         loaded: Bundle = ray.get(bundle)
         decoding = loaded.decoding.updated(**config.decoding_overrides)
@@ -305,6 +281,7 @@ def _finish(config: CaptionConfig, output: Store, manifest: Manifest) -> commit.
         raise RaycapError(f"{len(missing)} chunks were not written; run the same command again")
     join = ray.remote(num_cpus=1)(commit.finish_part)
     parts = commit.chunks_of_parts(manifest.num_rows, config.rows_per_file)
+    commit.delete_parts(output, len(parts))
     total = commit.Tally()
     for tally in ray.get([join.remote(output, part, chunks, manifest.num_rows) for part, chunks in enumerate(parts)]):
         total.add(tally)

@@ -7,6 +7,7 @@ import sys
 import time
 from types import TracebackType
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class RunProgress:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]} images/s  {task.fields[failed]} failed"),
                 TimeRemainingColumn(),
-                console=_stderr(),
+                console=Console(stderr=True),
             )
             self._task = self._bar.add_task("captioning", total=self.total, completed=self.done, rate="-", failed=0)
             self._bar.start()
@@ -62,7 +63,7 @@ class RunProgress:
         self.failed += failed
         if self._bar is not None:
             rate = "-" if self.images_per_s is None else f"{self.images_per_s:.1f}"
-            self._bar.update(self._task, completed=self.done, rate=rate, failed=self.failed)
+            self._bar.update(self._task, completed=min(self.done, self.total), rate=rate, failed=self.failed)
         elif now - self._last_line >= LOG_EVERY_S:
             self._last_line = now
             self._line()
@@ -76,19 +77,14 @@ class RunProgress:
 
     def _line(self) -> None:
         rate = self.images_per_s
-        left = f", {_duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
+        done = min(self.done, self.total)  # rows are counted again where a worker died and another did them again
+        left = f", {_duration((self.total - done) / rate)} left" if rate and done < self.total else ""
         speed = f", {rate:.1f} images/s" if rate else ""
-        share = 100 * self.done / self.total
-        log.info("captioned %d of %d (%.0f%%), %d failed%s%s", self.done, self.total, share, self.failed, speed, left)
+        share = 100 * done / self.total
+        log.info("captioned %d of %d (%.0f%%), %d failed%s%s", done, self.total, share, self.failed, speed, left)
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-
-
-def _stderr():  # type: ignore[no-untyped-def]
-    from rich.console import Console
-
-    return Console(stderr=True)

@@ -1,5 +1,7 @@
-"""One chunk's way from manifest rows to output rows. Every step takes a table and gives a table of as many rows: an object
-that fails keeps its row, with a typed error. Knows nothing of Ray; the model comes in as a `Captioner`.
+"""One chunk's way from manifest rows to output rows.
+
+Every step takes a table and gives a table of as many rows: an object that fails keeps its row, with a typed error.
+Knows nothing of Ray; the model comes in as a `Captioner`.
 
 Shapes: N rows of the chunk, S x S pixels.
 """
@@ -63,7 +65,8 @@ class Fetcher:
     all_files: bool
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Add status, error, original size and `pixels` (fixed-size binary, S * S * 3 bytes of RGB; zeros without an image).
+        """Add status, error, original size and `pixels` (fixed-size binary, S * S * 3 bytes of RGB; zeros without an
+        image).
 
         Raises StorageError if the storage fails in a way that will not pass.
         """
@@ -81,7 +84,7 @@ class Fetcher:
                 pixels_NSSC[row] = result.pixels_HWC
                 columns["status"][row], columns["width"][row], columns["height"][row] = OK, result.width, result.height
             else:
-                columns["status"][row] = SKIPPED if isinstance(result, NotTried) else FAILED
+                columns["status"][row] = SKIPPED if isinstance(result, NotTriedError) else FAILED
                 columns["error_code"][row], columns["error"][row] = result.code, str(result)
             decode_s, clock = decode_s + time.perf_counter() - clock, time.perf_counter()
         for name, values in columns.items():
@@ -104,14 +107,16 @@ class Fetcher:
 
     def _read(self, key: str) -> bytes | ObjectError:
         if not self.all_files and _has_other_suffix(key):
-            return NotTried(f"{PurePosixPath(key).suffix} is not an image's suffix; --all-files tries such objects too")
+            return NotTriedError(
+                f"{PurePosixPath(key).suffix} is not the suffix of an image that raycap reads; --all-files tries all"
+            )
         try:
             return self.source.read(key, max_bytes=self.limits.max_bytes)
         except ObjectError as error:
             return error
 
 
-class NotTried(ObjectError):
+class NotTriedError(ObjectError):
     """The object's name says that it is no image."""
 
     code = "other_suffix"
@@ -180,8 +185,8 @@ def _to_binary(pixels_NSSC: np.ndarray) -> pa.Array:
 
 
 def _from_binary(column: pa.ChunkedArray, size_px: int) -> np.ndarray:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    pixels = np.frombuffer(array.buffers()[1], np.uint8).reshape(-1, size_px, size_px, 3)
-    return pixels[array.offset : array.offset + len(array)]
+    """What `_to_binary` was given, [N, S, S, 3], without a copy where the column is in one piece. Read-only."""
+    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    num_bytes = 3 * size_px**2
+    pixels = np.frombuffer(array.buffers()[1], np.uint8, count=len(array) * num_bytes, offset=array.offset * num_bytes)
+    return pixels.reshape(-1, size_px, size_px, 3)

@@ -1,4 +1,7 @@
-"""`raycap evaluate`: caption images with a bundle, or read captions from a file, and score them. Runs in one process, without Ray."""
+"""`raycap evaluate`: caption images with a bundle, or read captions from a file, and score them.
+
+Runs in one process, without Ray.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ log = logging.getLogger(__name__)
 def evaluate(config: EvaluateConfig) -> Scores:
     """Score as `config` says: prints a table, and writes the files that were asked for.
 
-    Images that cannot be read are scored as empty captions and named in the log, so scores of the same annotations compare.
-    Raises ConfigurationError or StorageError.
+    Images that cannot be read are scored as empty captions and counted in the log, so scores of the same annotations
+    compare. Raises ConfigurationError or StorageError.
     """
     images = read_captions(config.annotations, config.s3)
     model_id: str | None = None

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from raycap.errors import ConfigurationError
 from raycap.model.config import DecodingConfig
 from raycap.model.decoder import Decoder, Memory
 from raycap.model.vocabulary import BOS, EOS, PAD, UNKNOWN
@@ -41,14 +42,17 @@ def beam_search(decoder: Decoder, features_BPC: Tensor, config: DecodingConfig) 
         features_BPC: floating point [B, P, C], from `Encoder`.
 
     Returns:
-        One list for each image, of 1 to K hypotheses (fewer than K only if the vocabulary allows no more).
+        One list for each image, of 1 to K hypotheses. Fewer than K only if no more captions are allowed, as with a
+        tiny vocabulary.
+
+    Raises ConfigurationError if the decoder's scores are not numbers.
     """
     beams = config.beam_size
     num_images, device = features_BPC.shape[0], features_BPC.device
     memory, state = decoder.remember(features_BPC)
     state = tuple(tensor.repeat_interleave(beams, 0) for tensor in state)
     tokens_BKT = torch.full((num_images, beams, 1), BOS, device=device)
-    # All beams of an image start equal, so only the first may be continued in the first step: that keeps captions distinct.
+    # All beams of an image start equal, so only the first is continued in the first step: that keeps captions distinct.
     log_probs_BK = torch.full((num_images, beams), NEVER, device=device, dtype=torch.float32)
     log_probs_BK[:, 0] = 0.0
     finished = [_Finished(beams) for _ in range(num_images)]
@@ -81,11 +85,16 @@ def beam_search(decoder: Decoder, features_BPC: Tensor, config: DecodingConfig) 
         history_BKT = tokens_BKT.flatten(0, 1).index_select(0, row_R).view(len(open_), beams, -1)
         tokens_BKT = torch.cat([history_BKT, word_BK[:, :, None]], -1)
 
-    return [pool.best() for pool in finished]
+    if not all(pool.hypotheses for pool in finished):
+        raise ConfigurationError(
+            "the decoder's scores are not numbers (NaN): its weights are damaged, or the precision is too low; "
+            "try --precision float32"
+        )
+    return [pool.hypotheses for pool in finished]
 
 
 class _Finished:
-    """The K best finished hypotheses of one image."""
+    """The K best finished hypotheses of one image, best first."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -100,9 +109,6 @@ class _Finished:
     def bar(self) -> float:
         """The score that an unfinished beam must beat to be worth continuing."""
         return self.hypotheses[-1].score if len(self.hypotheses) == self.size else NEVER
-
-    def best(self) -> list[Hypothesis]:
-        return self.hypotheses
 
 
 def _candidates(

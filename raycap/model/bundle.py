@@ -1,4 +1,6 @@
-"""The model bundle: a directory, local or s3://, that holds all that inference needs. Written by training, read by everyone.
+"""The model bundle: a directory, local or s3://, that holds all that inference needs.
+
+Written by training, read by everyone.
 
 config.json         format version, architecture, preprocessing, decoding defaults
 vocabulary.json     the words, in id order
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
-from raycap.errors import BundleError, ConfigurationError, NotFoundError, ObjectNotFoundError
+from raycap.errors import BundleError, ConfigurationError, NotFoundError, ObjectError, ObjectNotFoundError
 from raycap.images import Preprocessing
 from raycap.model.config import DecoderConfig, DecodingConfig, EncoderConfig
 from raycap.model.network import CaptionNetwork
@@ -55,13 +57,14 @@ class Bundle:
     metrics: dict[str, Any] = field(default_factory=dict)
     card: str = ""
     model_id: str = ""
-    """Names the weights in the captions output: a digest of the weights file, set by loading and saving."""
+    """Names the weights in the captions output, by a digest of the weights file. Loading sets it, `save` returns it."""
 
     def save(self, location: str, *, s3: S3Options | None = None, weights_dtype: WeightsDtype = "float32") -> str:
         """Write the bundle into the directory or s3:// prefix `location`; return the model id.
 
-        float16 halves the file; the weights are float32 again after loading. The config is written last, so a bundle
-        that was cut short is not mistaken for a whole one.
+        float16 halves the file (vectors, such as the statistics of batch normalisation, stay float32); the weights are
+        float32 again after loading. The config goes first and comes last, so a bundle that was cut short is not
+        mistaken for a whole one, even where there was another bundle before.
         """
         store = open_store(location, s3 or S3Options())
         state = {name: _portable(tensor, weights_dtype) for name, tensor in self.network.state_dict().items()}
@@ -73,6 +76,7 @@ class Bundle:
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "decoding": dataclasses.asdict(self.decoding),
         }
+        store.delete(CONFIG)
         store.write(VOCABULARY, _json(list(self.vocabulary.words)))
         store.write(METRICS, _json(self.metrics))
         store.write(CARD, self.card.encode())
@@ -94,7 +98,8 @@ class Bundle:
             raise BundleError(f"{store.uri(CONFIG)}: not a raycap bundle (no format_version)")
         if not 1 <= config["format_version"] <= FORMAT_VERSION:
             raise BundleError(
-                f"{location}: bundle format {config['format_version']}, but this raycap reads formats 1 to {FORMAT_VERSION}; upgrade raycap"
+                f"{location}: bundle format {config['format_version']}, but this raycap reads formats 1 to "
+                f"{FORMAT_VERSION}; upgrade raycap"
             )
         where = store.uri(CONFIG)
         vocabulary = _read_vocabulary(store)
@@ -102,14 +107,16 @@ class Bundle:
         encoder = _parse(EncoderConfig, config, "encoder", where)
         if len(vocabulary) != decoder.vocabulary_size:
             raise BundleError(
-                f"{location}: {VOCABULARY} has {len(vocabulary)} words, but {CONFIG} says vocabulary_size {decoder.vocabulary_size}"
+                f"{location}: {VOCABULARY} has {len(vocabulary)} words, but {CONFIG} says vocabulary_size "
+                f"{decoder.vocabulary_size}"
             )
         if encoder.num_channels != decoder.feature_size:
             raise BundleError(
-                f"{where}: the encoder gives {encoder.num_channels} channels, the decoder expects feature_size {decoder.feature_size}"
+                f"{where}: the encoder gives {encoder.num_channels} channels, but the decoder expects feature_size "
+                f"{decoder.feature_size}"
             )
         weights = _read(store, WEIGHTS)
-        network = CaptionNetwork.build(encoder, decoder)
+        network = _build(encoder, decoder, where)
         _load_weights(network, weights, store.uri(WEIGHTS))
         return cls(
             network=network.eval().requires_grad_(False),
@@ -125,7 +132,8 @@ class Bundle:
 def _portable(tensor: torch.Tensor, dtype: WeightsDtype) -> torch.Tensor:
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
-        tensor = tensor.to(getattr(torch, dtype))
+        # Vectors cost next to nothing, and a variance may be past float16's largest number, 65504.
+        tensor = tensor.to(torch.float16 if dtype == "float16" and tensor.ndim > 1 else torch.float32)
     return tensor.contiguous()
 
 
@@ -145,12 +153,14 @@ def _read(store: Store, name: str) -> bytes:
         raise BundleError(
             f"{store.location}: not a model bundle, {name} is missing; expected a directory written by raycap train"
         ) from error
+    except ObjectError as error:
+        raise BundleError(f"{store.location}: {name} cannot be read: {error}") from error
 
 
 def _read_json(store: Store, name: str) -> Any:
     try:
         return json.loads(_read(store, name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{store.uri(name)}: not valid JSON: {error}") from error
 
 
@@ -164,15 +174,34 @@ def _read_vocabulary(store: Store) -> Vocabulary:
         raise BundleError(f"{store.uri(VOCABULARY)}: {error}") from error
 
 
+def _build(encoder: EncoderConfig, decoder: DecoderConfig, where: str) -> CaptionNetwork:
+    try:
+        return CaptionNetwork.build(encoder, decoder)
+    except (ConfigurationError, RuntimeError) as error:  # RuntimeError: shapes beyond this machine's memory
+        raise BundleError(f"{where}: the network cannot be built: {error}") from error
+
+
 def _parse(cls: type[T], config: dict[str, Any], section: str, where: str) -> T:
+    """The config dataclass `cls`, every field of which has a default, from its section of the file."""
     values = config.get(section)
     if not isinstance(values, dict):
         raise BundleError(f"{where}: section {section!r} is missing")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
-        return cls(**values)
+        types = {each.name: type(each.default) for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: _typed(name, value, types.get(name)) for name, value in values.items()})
     except (TypeError, ConfigurationError) as error:
         raise BundleError(f"{where}: section {section!r}: {error}") from error
+
+
+def _typed(name: str, value: Any, wanted: type | None) -> Any:
+    """`value`, as JSON gave it, in the type of its field. Raises TypeError if it is of another."""
+    if wanted is tuple and isinstance(value, list):
+        return tuple(_typed(name, each, float) for each in value)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is not None and type(value) is not wanted:
+        raise TypeError(f"expected {name} to be of type {wanted.__name__}, got {value!r}")
+    return value
 
 
 def _load_weights(network: CaptionNetwork, weights: bytes, where: str) -> None:

@@ -5,6 +5,7 @@ Knows nothing of Ray. Device and precision are chosen once, when it is made.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -71,7 +72,8 @@ class Captioner:
         self.limits = limits or ImageLimits()
         self.model_id = bundle.model_id
         self._vocabulary = bundle.vocabulary
-        self._network = bundle.network.to(self.device, self.dtype)
+        # A copy: the bundle stays as it is, whatever device and precision this captioner takes.
+        self._network = copy.deepcopy(bundle.network).to(self.device, self.dtype).eval()
 
     @classmethod
     def load(
@@ -83,7 +85,10 @@ class Captioner:
         precision: Precision = "auto",
         **overrides: int | float | bool | None,
     ) -> Captioner:
-        """From a bundle's location, or the shipped bundle. `overrides` replace fields of its `DecodingConfig`; None keeps them."""
+        """From a bundle's location, or the shipped bundle.
+
+        `overrides` replace fields of its `DecodingConfig`; None keeps them.
+        """
         bundle = Bundle.load(location, s3=s3)
         return cls(bundle, device=device, precision=precision, decoding=bundle.decoding.updated(**overrides))
 
@@ -96,22 +101,28 @@ class Captioner:
         """Captions of prepared images: uint8 [B, size, size, 3], or a sequence of B tensors [size, size, 3].
 
         The caption of an image does not depend on the others in its batch (up to rounding in the last bits, which
-        matters only when two captions are as good as equal).
+        matters only when two captions are as good as equal). Raises ValueError for pixels of another type or shape.
         """
-        pixels_BHWC = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels)) if pixels else torch.empty(0)
-        if len(pixels_BHWC) == 0:
+        if len(pixels) == 0:
             return []
         size = self.preprocessing.size_px
-        if pixels_BHWC.dtype != torch.uint8 or pixels_BHWC.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"expected uint8 pixels [B, {size}, {size}, 3] from prepare(), got {pixels_BHWC.dtype} {list(pixels_BHWC.shape)}"
-            )
+        batches = [pixels] if isinstance(pixels, Tensor) else [image[None] for image in pixels]
+        for each in batches:
+            if each.dtype != torch.uint8 or each.shape[1:] != (size, size, 3):
+                raise ValueError(
+                    f"expected uint8 pixels [B, {size}, {size}, 3] or B tensors [{size}, {size}, 3] from prepare(), "
+                    f"got {each.dtype} {list(pixels.shape if isinstance(pixels, Tensor) else each.shape[1:])}"
+                )
+        pixels_BHWC = torch.cat(batches) if len(batches) > 1 else batches[0]
         hypotheses = self._network.search(pixels_BHWC.to(self.device, non_blocking=True), self.decoding)
         return [self._to_caption(of_image) for of_image in hypotheses]
 
     def caption_array(self, pixels_BHWC: np.ndarray) -> list[Caption]:
         """`caption` of a NumPy array, uint8 [B, size, size, 3]."""
-        return self.caption(torch.from_numpy(pixels_BHWC))
+        if pixels_BHWC.dtype != np.uint8:
+            raise ValueError(f"expected uint8 pixels, got {pixels_BHWC.dtype} {list(pixels_BHWC.shape)}")
+        # Arrays out of Ray's object store are read-only, which torch does not know; it warns of them.
+        return self.caption(torch.from_numpy(np.require(pixels_BHWC, requirements=["C", "W"])))
 
     def _to_caption(self, hypotheses: list[Hypothesis]) -> Caption:
         best, *others = (Alternative(self._vocabulary.decode(h.tokens), h.log_prob) for h in hypotheses)

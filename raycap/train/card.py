@@ -19,7 +19,8 @@ An image captioner: {encoder} (ImageNet weights, frozen) with {decoder}, trained
 
 ## Data
 
-{num_images:,} images with {num_captions:,} captions for training, {num_val_images:,} images for validation. Vocabulary: {vocabulary_size:,} words.
+{num_images:,} images with {num_captions:,} captions for training, {num_val_images:,} images for validation.
+Vocabulary: {vocabulary_size:,} words.
 
 {data_notice}
 
@@ -35,13 +36,16 @@ An image captioner: {encoder} (ImageNet weights, frozen) with {decoder}, trained
 
 ## Limits
 
-The captions are as good as the scores say: often right about people, animals and places, often wrong about counts, colours
-and rare things. The model knows only the words of its training captions, and repeats their habits and biases, about
-people above all. Do not use it where a wrong caption does harm.
+The captions are as good as the scores say: often right about people, animals and places, often wrong about counts,
+colours and rare things. The model knows only the words of its training captions, and repeats their habits and biases,
+about people above all. Do not use it where a wrong caption does harm.
 """
 
 NOT_IN_CARD = frozenset({"s3", "ray_address", "run_dir", "name", "log_every_s", "cpus_per_worker"})
 """Settings of the place where a training ran; they do not change the model."""
+
+LOCATIONS = frozenset({"annotations", "images", "val_annotations", "val_images", "output"})
+"""Settings that are paths or s3:// addresses. Only their last part goes with a model: the rest tells of the machine."""
 
 _DECODERS = {
     "attention": "a two-layer LSTM with top-down attention (Anderson et al. 2018)",
@@ -77,7 +81,10 @@ def model_card(
 
 
 def command_line(config: TrainConfig) -> str:
-    """The command that repeats a training: every setting that is not the default and that the result depends on."""
+    """The command that repeats a training: every setting that is not the default and that the result depends on.
+
+    Of files and directories only the last part of the path.
+    """
     words = ["raycap", "train"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -87,5 +94,16 @@ def command_line(config: TrainConfig) -> str:
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag[2:])
         else:
-            words += [flag, str(value)]
+            words += [flag, last_part(value) if field.name in LOCATIONS else str(value)]
     return shlex.join(words)
+
+
+def saved_settings(config: TrainConfig) -> dict[str, Any]:
+    """The training settings as they are kept with a model: nothing of the machine, of paths only the last part."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_CARD}
+    return settings | {name: last_part(settings[name]) for name in LOCATIONS if settings[name] is not None}
+
+
+def last_part(location: str) -> str:
+    """The name of a file, directory or prefix, without what it is in."""
+    return location.rstrip("/").rsplit("/", 1)[-1]

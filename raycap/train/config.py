@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from raycap.errors import ConfigurationError
 from raycap.model.config import DecoderKind, DecodingConfig, require
 from raycap.storage import S3Options
+
+Resize = Literal["squash", "crop", "pad"]
+WeightsDtype = Literal["float32", "float16"]
+RESIZES, DECODERS, WEIGHTS_DTYPES = get_args(Resize), get_args(DecoderKind), get_args(WeightsDtype)
+FEATURE_CACHE = "features"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,10 +34,11 @@ class TrainConfig:
     """Where the bundle goes: a directory or s3:// prefix."""
 
     encoder: str = "efficientnet_lite0"
-    """CNN with ImageNet weights: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, timm:NAME or torchvision:NAME. Frozen."""
+    """CNN with ImageNet weights: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, timm:NAME or
+    torchvision:NAME. Frozen."""
     size_px: int | None = None
     """Side of the square that images are resized to, in pixels; by default the encoder's own."""
-    resize: Literal["squash", "crop", "pad"] = "squash"
+    resize: Resize = "squash"
     """How an image becomes a square: squash ignores the aspect ratio, crop keeps the centre, pad keeps everything."""
     flip: bool = True
     """Train on mirrored images too."""
@@ -72,7 +78,7 @@ class TrainConfig:
     """Beams of the validation captions, and the bundle's default."""
     length_penalty: float = 0.7
     """Length penalty of the validation captions, and the bundle's default."""
-    weights_dtype: Literal["float32", "float16"] = "float32"
+    weights_dtype: WeightsDtype = "float32"
     """Number format of the bundle's weights file."""
 
     data_notice: str = ""
@@ -83,9 +89,9 @@ class TrainConfig:
     use_gpu: bool = False
     """Give each worker a GPU."""
     cpus_per_worker: int | None = None
-    """CPU cores, and so threads, of each worker; by default the machine's cores shared out evenly, or 1 with --use-gpu."""
+    """CPU cores, and so threads, of each worker; by default the cluster's cores in equal parts, or 1 with --use-gpu."""
     run_dir: str = "runs"
-    """Directory of the runs: checkpoints, TensorBoard files and the feature cache."""
+    """Directory of the runs: checkpoints, TensorBoard files and the feature cache. All machines must share it."""
     name: str | None = None
     """Name of the run; by default that of the output. Starting a run of the same name again resumes it."""
     log_every_s: float = 15.0
@@ -108,10 +114,22 @@ class TrainConfig:
             )
         require(
             self.batch_size % self.num_workers == 0,
-            f"--batch-size {self.batch_size} must be a multiple of --num-workers {self.num_workers}: each worker takes an equal part",
+            f"--batch-size {self.batch_size} must be a multiple of --num-workers {self.num_workers}: "
+            "each worker takes an equal part",
         )
+        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
+        require(self.weight_decay >= 0, f"--weight-decay must not be negative, got {self.weight_decay}")
+        if self.cpus_per_worker is not None:
+            require(self.cpus_per_worker >= 1, f"--cpus-per-worker must be at least 1, got {self.cpus_per_worker}")
+        if self.size_px is not None:
+            require(1 <= self.size_px <= 4096, f"--size-px must be from 1 to 4096, got {self.size_px}")
+        for name, allowed in (("resize", RESIZES), ("decoder", DECODERS), ("weights_dtype", WEIGHTS_DTYPES)):
+            require(
+                getattr(self, name) in allowed,
+                f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}",
+            )
         require(bool(self.output), "--output must name a directory or s3:// prefix")
-        _ = self.decoding  # checks the search settings
+        _ = self.decoding, self.run_name  # both check themselves
 
     @property
     def decoding(self) -> DecodingConfig:
@@ -124,9 +142,18 @@ class TrainConfig:
         name = self.name or self.output.rstrip("/").rsplit("/", 1)[-1]
         if not name or name in (".", ".."):
             raise ConfigurationError(f"no run name in --output {self.output!r}; give one with --name")
+        if "/" in name or name == FEATURE_CACHE:
+            raise ConfigurationError(
+                f"--name must be the name of a directory below --run-dir, other than {FEATURE_CACHE}, got {name!r}"
+            )
         return name
 
     @property
     def run_path(self) -> Path:
         """The run's directory."""
         return Path(self.run_dir).expanduser().absolute() / self.run_name
+
+    @property
+    def features_path(self) -> Path:
+        """The directory of the feature cache, which all runs below `run_dir` share."""
+        return self.run_path.with_name(FEATURE_CACHE)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from raycap.coco import CaptionedImage
+from raycap.errors import ConfigurationError
 from raycap.model.vocabulary import PAD, Vocabulary
 from raycap.train.features import Features
 
@@ -64,8 +65,16 @@ class CaptionData:
         world_size: int = 1,
         seed: int = 0,
     ) -> CaptionData:
-        """Turn captions into token ids. `images` are those of `features`, in the same order; unreadable ones are left out."""
+        """Turn captions into token ids. `images` are those of `features`, in the same order.
+
+        Unreadable ones are left out. Raises ConfigurationError if not one for each worker is left.
+        """
         rows = [row for row, image in enumerate(images) if image.file_name not in features.failed]
+        if len(rows) < world_size:
+            raise ConfigurationError(
+                f"{len(rows)} of {len(images)} training images can be read; expected at least one for each of "
+                f"{world_size} workers"
+            )
         captions = [[vocabulary.encode(c, max_length=max_length) for c in images[row].captions] for row in rows]
         return cls(
             features=features,
@@ -79,7 +88,10 @@ class CaptionData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in an epoch. The images that do not fill the last batch wait for another epoch's shuffle."""
+        """Batches in an epoch. The images that do not fill the last batch wait for another epoch's shuffle.
+
+        Fewer images than one batch holds are one small batch.
+        """
         return max(1, len(self.captions) // self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -87,10 +99,9 @@ class CaptionData:
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.captions))
         variants = generator.integers(self.features.num_variants, size=len(order))
-        per_worker = self.batch_size // self.world_size
         for step in range(self.steps_per_epoch):
-            start = step * self.batch_size + self.rank * per_worker
-            images = order[start : start + per_worker]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            images = np.array_split(batch, self.world_size)[self.rank]
             yield self._batch(images, variants[images])
 
     def _batch(self, images: np.ndarray, variants: np.ndarray) -> Batch:

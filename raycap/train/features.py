@@ -1,7 +1,8 @@
 """The feature cache: what a frozen encoder says of every image, computed once and kept on disk.
 
-A cache is a directory, named by a digest of everything that decides its content (encoder weights, preprocessing, images),
-so it can be shared by runs and never goes stale. It appears whole or not at all.
+A cache is a directory, named by a digest of everything that decides its content (encoder, preprocessing, images), so it
+can be shared by runs and never goes stale. It appears whole or not at all. Two runs must not compute the same one at
+the same time.
 
 Shapes: N images, V variants of each (as it is, mirrored), P grid cells, C channels.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,6 @@ from raycap.errors import ConfigurationError, ObjectError, ObjectNotFoundError
 from raycap.images import Preprocessing, decode_image
 from raycap.model.encoder import Encoder
 from raycap.storage import Store
-
-log = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
 FEATURES, FAILED = "features.npy", "failed.json"
@@ -53,16 +52,20 @@ class Features:
 
 
 def cache_key(encoder: Encoder, preprocessing: Preprocessing, store: Store, names: Sequence[str], *, flip: bool) -> str:
-    """A digest of all that decides the features: weights, preprocessing, and each image's name, size and version."""
-    digest = hashlib.sha256(json.dumps([dataclasses.asdict(preprocessing), flip]).encode())
+    """A digest of all that decides the features: encoder, preprocessing, and each image's name and version.
+
+    Raises ConfigurationError if the store holds none of the images.
+    """
+    settings = [dataclasses.asdict(preprocessing), dataclasses.asdict(encoder.config), flip]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     wanted = set(names)
     etags = {info.key: info.etag for info in store.list() if info.key in wanted}
     if not etags:
         raise ConfigurationError(
-            f"{store.location}: none of the {len(names)} images of the annotations is here (the first is {names[0]!r}); "
-            "check that --images is the directory that their file_name starts from"
+            f"{store.location}: none of the {len(names)} images of the annotations is here (the first is "
+            f"{names[0]!r}); check that --images is the directory that their file_name starts from"
         )
     for name in names:
         digest.update(f"{name}\0{etags.get(name)}\0".encode())
@@ -102,6 +105,7 @@ def compute_features(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             shape = (len(names), 1 + flip, num_cells, num_channels)
+            _require_space(partial, math.prod(shape) * np.dtype(np.float16).itemsize)
             np.lib.format.open_memmap(partial / FEATURES, mode="w+", dtype=np.float16, shape=shape).flush()
         barrier()
         if not (partial / FEATURES).is_file():
@@ -119,6 +123,16 @@ def compute_features(
             partial.rename(final)
         barrier()
     return Features(np.load(final / FEATURES, mmap_mode="r"), json.loads((final / FAILED).read_text()))
+
+
+def _require_space(directory: Path, num_bytes: int) -> None:
+    """The features are a memory-mapped file: where the disk fills up, the process dies without a word. So ask first."""
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise ConfigurationError(
+            f"{directory.parent}: the feature cache needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
+            "free; choose another --run-dir"
+        )
 
 
 def _fill(

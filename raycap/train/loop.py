@@ -1,4 +1,7 @@
-"""The training loop of one worker: batches in, a better decoder out. Knows nothing of Ray; several workers meet in torch.distributed."""
+"""The training loop of one worker: batches in, a better decoder out.
+
+Knows nothing of Ray; several workers meet in torch.distributed.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from raycap.errors import ConfigurationError
 from raycap.model.beam import beam_search
 from raycap.model.config import DecodingConfig
 from raycap.model.decoder import Decoder
@@ -46,13 +50,15 @@ class Learner:
     @property
     def best_decoder(self) -> Decoder:
         """The decoder with averaged weights, in evaluation mode."""
-        averaged: Decoder = self.averaged.module
-        return averaged.eval()
+        averaged = self.averaged.module.eval()
+        assert isinstance(averaged, Decoder)
+        return averaged
 
     def train_epoch(self, epoch: int, report: Report = lambda step, metrics: None) -> dict[str, float]:
         """One pass over the data; `report(step, metrics)` is called after every batch.
 
         Dropout is seeded by (seed, epoch, rank), so a resumed run goes on exactly as one that was never stopped.
+        Raises ConfigurationError if the loss is no longer a number.
         """
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, epoch, self.data.rank]).generate_state(1)[0]))
         self.wrapped.train()
@@ -87,6 +93,11 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         (loss_sum / num_tokens).backward()
         grad_norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), self.config.max_grad_norm)
+        if not math.isfinite(grad_norm.item()):
+            raise ConfigurationError(
+                f"training diverged: at batch {self.step + 1} the loss is {loss_sum.item() / batch.num_tokens} and its "
+                f"gradient's norm {grad_norm.item()}; lower --learning-rate, now {self.config.learning_rate}"
+            )
         self.optimizer.step()
         self.averaged.update_parameters(self.decoder)
         return loss_sum.item() / batch.num_tokens, grad_norm.item()
@@ -126,11 +137,12 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """An exponential moving average that forgets the random start faster: its decay climbs as (1 + n) / (10 + n) to `decay`."""
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """An exponential moving average that forgets the random start faster: its decay climbs to `decay` as
+    (1 + n) / (10 + n), n being the number of weights averaged so far."""
 
-    def average(averaged: Tensor, current: Tensor, num_averaged: Tensor) -> Tensor:
-        n = num_averaged.item()
+    def average(averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+        n = int(num_averaged)
         return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
 
     return average

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from raycap.model.network import CaptionNetwork
 from raycap.model.vocabulary import Vocabulary
 from raycap.on_ray import connect, mailbox, raycap_cause
 from raycap.storage import Store, open_store
-from raycap.train.card import NOT_IN_CARD, model_card
+from raycap.train.card import last_part, model_card, saved_settings
 from raycap.train.config import TrainConfig
 from raycap.train.data import CaptionData
 from raycap.train.features import Features, compute_features
@@ -44,6 +43,11 @@ log = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
 STATE, CAPTIONS = "learner.pt", "captions.json"
+MAY_CHANGE = frozenset(
+    {"epochs", "output", "val_images", "val_annotations", "beam_size", "length_penalty", "weights_dtype", "data_notice",
+     "num_workers", "use_gpu"}
+)  # fmt: skip
+"""Settings that a resumed run may change. The paths of its images may too: only their last part counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +106,8 @@ def _fit(job: Job) -> Result:
     for resource, amount in wanted.items():
         if amount > available.get(resource, 0):
             raise ConfigurationError(
-                f"training needs {amount} {resource}s ({config.num_workers} workers), but Ray has {available.get(resource, 0):g}; "
-                "lower --num-workers or --cpus-per-worker, or use a larger cluster"
+                f"training needs {amount} {resource}s ({config.num_workers} workers), but Ray has "
+                f"{available.get(resource, 0):g}; lower --num-workers or --cpus-per-worker, or use a larger cluster"
             )
     config.run_path.mkdir(parents=True, exist_ok=True)
     with mailbox(log.info) as box:
@@ -182,7 +186,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     learner = Learner(
         config, decoder, data, wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
     )
-    start_epoch = _restore(learner, tell)
+    start_epoch = _restore(learner, job, tell)
     monitor = _Monitor(config, data.steps_per_epoch, tell) if rank == 0 else None
     for epoch in range(start_epoch, config.epochs):
         metrics = learner.train_epoch(epoch, monitor.on_step if monitor else lambda step, metrics: None)
@@ -195,7 +199,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
         metrics |= scores.values | {"epoch": epoch + 1}
         monitor.on_epoch(epoch, metrics)
         with tempfile.TemporaryDirectory() as directory:
-            torch.save(learner.state_dict() | {"epoch": epoch + 1}, Path(directory, STATE))
+            state = learner.state_dict() | {"epoch": epoch + 1, "identity": _identity(job)}
+            torch.save(state, Path(directory, STATE))
             Path(directory, CAPTIONS).write_text(json.dumps(captions))
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
 
@@ -243,11 +248,11 @@ def _features(
         preprocessing,
         store,
         [image.file_name for image in images],
-        config.run_path.parent / "features",
+        config.features_path,
         flip=flip,
         rank=rank,
         world_size=context.get_world_size(),
-        barrier=dist.barrier if dist.is_initialized() else lambda: None,
+        barrier=_barrier,
         progress=progress,
     )
     if features.failed:
@@ -257,6 +262,12 @@ def _features(
         reason = next(iter(features.failed.values()))
         raise ConfigurationError(f"none of the {len(images)} images in {store.location} can be read: {reason}")
     return features
+
+
+def _barrier() -> None:
+    """Wait for all workers."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _validation_captions(decoder: Decoder, features: Features, job: Job, rank: int, world_size: int) -> dict[int, str]:
@@ -271,13 +282,31 @@ def _validation_captions(decoder: Decoder, features: Features, job: Job, rank: i
     return {image_id: caption for part in parts for image_id, caption in part.items()}
 
 
-def _restore(learner: Learner, tell: Tell) -> int:
-    """Load the run's last checkpoint, if it has one; return the epoch to go on with."""
+def _identity(job: Job) -> dict[str, Any]:
+    """What a run cannot change when it resumes: the settings that its weights depend on, and its words."""
+    settings = saved_settings(job.config)
+    vocabulary = hashlib.sha256("\n".join(job.vocabulary.words).encode()).hexdigest()
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE} | {"vocabulary": vocabulary}
+
+
+def _restore(learner: Learner, job: Job, tell: Tell) -> int:
+    """Load the run's last checkpoint, if it has one; return the epoch to go on with.
+
+    Raises ConfigurationError if the run was another one: its weights would pass for those of the present settings.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as directory:
         state = torch.load(Path(directory, STATE), map_location=learner.device, weights_only=True)
+    now = _identity(job)
+    before = state.get("identity", now)
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        what = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+        raise ConfigurationError(
+            f"the run {job.config.run_name} in {job.config.run_path.parent} has begun with other settings ({what}); "
+            "give the same ones to resume it, or another --name"
+        )
     learner.load_state_dict(state)
     epoch: int = state["epoch"]
     tell(f"resuming after epoch {epoch}")
@@ -325,7 +354,7 @@ class _Monitor:
 def _write_bundle(job: Job, result: Result) -> dict[str, Any]:
     """Make the bundle of the best checkpoint and score its validation captions with every metric."""
     config = job.config
-    checkpoint = max(result.best_checkpoints, key=lambda pair: pair[1]["cider_d"])[0]
+    checkpoint = max(result.best_checkpoints or [], key=lambda pair: pair[1]["cider_d"])[0]
     with checkpoint.as_directory() as directory:
         state = torch.load(Path(directory, STATE), map_location="cpu", weights_only=True)
         captions = {
@@ -340,7 +369,7 @@ def _write_bundle(job: Job, result: Result) -> dict[str, Any]:
     references = {image.image_id: list(image.captions) for image in job.val_images if image.image_id in captions}
     scores = score_captions(references, captions)
     metrics = {
-        "split": os.path.basename(config.val_annotations),
+        "split": last_part(config.val_annotations),
         "num_images": scores.num_images,
         "epoch": state["epoch"],
         "beam_size": config.beam_size,
@@ -360,14 +389,9 @@ def _write_bundle(job: Job, result: Result) -> dict[str, Any]:
         vocabulary=job.vocabulary,
         preprocessing=preprocessing,
         decoding=config.decoding,
-        metrics=metrics | {"training": _saved(config)},
+        metrics=metrics | {"training": saved_settings(config)},
         card=card,
     )
     model_id = bundle.save(config.output, s3=config.s3, weights_dtype=config.weights_dtype)
     log.info("wrote bundle %s to %s", model_id, config.output)
     return metrics
-
-
-def _saved(config: TrainConfig) -> dict[str, Any]:
-    """The training settings as they are kept in the bundle: nothing of the storage or the machine."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_CARD}

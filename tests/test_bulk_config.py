@@ -1,0 +1,63 @@
+"""The settings of the bulk job: checked when they are made, with the option's name."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+
+from raycap.bulk.config import BenchmarkConfig, CaptionConfig, ReportConfig
+from raycap.errors import ConfigurationError
+from raycap.images import ImageLimits
+
+COUNTS = [
+    "batch_size",
+    "requests_in_flight",
+    "rows_per_file",
+    "max_bytes",
+    "max_pixels",
+    "num_actors",
+    "cpus_per_actor",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *((name, 0, f"--{name.replace('_', '-')} must be at least 1, got 0") for name in COUNTS),
+        ("gpus_per_actor", -0.5, "--gpus-per-actor must not be negative, got -0.5"),
+        ("max_failed", -0.1, "--max-failed is a share from 0 to 1, got -0.1"),
+        ("max_failed", 5, "--max-failed is a share from 0 to 1, got 5"),
+        ("max_failed", float("nan"), "--max-failed is a share from 0 to 1, got nan"),
+        ("show", -1, "--show must not be negative, got -1"),
+    ],
+)
+def test_bad_values_are_refused_by_option(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        CaptionConfig(source="a", output="b", **{name: value})
+    assert str(raised.value) == message
+
+
+def test_other_commands_check_too() -> None:
+    with pytest.raises(ConfigurationError, match="--max-images must not be negative"):
+        ReportConfig(output="a", max_images=-1)
+    with pytest.raises(ConfigurationError, match="--num-images must be at least 1"):
+        BenchmarkConfig(source="a", num_images=0)
+    with pytest.raises(ConfigurationError, match="--batch-size must be at least 1"):
+        BenchmarkConfig(source="a", batch_size=0)
+
+
+def test_limits_and_decoding_come_from_the_options() -> None:
+    config = CaptionConfig(source="a", output="b", max_bytes=5, max_pixels=7, beam_size=2)
+    assert config.limits == ImageLimits(max_bytes=5, max_pixels=7)
+    assert config.decoding_overrides == {"beam_size": 2, "length_penalty": None, "max_length": None}
+    assert CaptionConfig(source="a", output="b").limits == ImageLimits()
+
+
+def test_config_is_frozen_and_reaches_workers_unchanged() -> None:
+    config = CaptionConfig(source="a", output="b", num_actors=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_actors = 4  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(config)) == config

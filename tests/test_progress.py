@@ -1,0 +1,81 @@
+"""Progress lines and rates, on a clock of the test's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from raycap.bulk import progress as module
+from raycap.bulk.progress import LOG_EVERY_S, RunProgress, _duration
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level("INFO", "raycap")
+    return caplog
+
+
+def test_rate_is_from_the_first_batch_to_the_last(clock: Clock) -> None:
+    progress = RunProgress(total=1000, done=100)
+    assert progress.images_per_s is None
+    clock.now += 60  # starting up does not count
+    progress.add(32)
+    assert progress.images_per_s is None
+    clock.now += 2
+    progress.add(32)
+    clock.now += 2
+    progress.add(32, failed=3)
+    assert progress.images_per_s == 16
+    assert (progress.done, progress.failed) == (196, 3)
+
+
+def test_a_line_now_and_then(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with RunProgress(total=10_000, done=0) as progress:
+        for _ in range(40):
+            clock.now += 1
+            progress.add(10)
+        assert len(lines.messages) == 40 // int(LOG_EVERY_S)
+        assert lines.messages[0] == "captioned 150 of 10000 (2%), 0 failed, 10.0 images/s, 16m25s left"
+    assert lines.messages[-1] == "captioned 400 of 10000 (4%), 0 failed, 10.0 images/s, 16m00s left"
+
+
+def test_nothing_is_said_of_nothing(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with RunProgress(total=10, done=10):
+        pass
+    assert lines.messages == []
+
+
+def test_last_line_is_written_when_the_run_fails_too(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="the run"), RunProgress(total=10, done=2) as progress:
+        progress.add(3, failed=1)
+        raise ValueError("the run failed")
+    assert lines.messages == ["captioned 5 of 10 (50%), 1 failed"]
+
+
+def test_rows_that_were_done_twice_are_not_more_than_all(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with RunProgress(total=10, done=0) as progress:
+        progress.add(8)
+        clock.now += 1
+        progress.add(8)  # a worker died, and another did its rows again
+    assert lines.messages == ["captioned 10 of 10 (100%), 0 failed, 8.0 images/s"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0m00s"), (59.6, "1m00s"), (754, "12m34s"), (3600, "1h00m"), (360_059, "100h00m")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert _duration(seconds) == text
