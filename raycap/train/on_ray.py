@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +15,25 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, Result, RunConfig, ScalingConfig
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from raycap.coco import CaptionedImage, read_captions
 from raycap.errors import ConfigurationError
 from raycap.evaluate import score_captions
 from raycap.images import Preprocessing
-from raycap.model.bundle import Bundle
-from raycap.model.config import DecoderConfig
-from raycap.model.decoder import Decoder, build_decoder
-from raycap.model.encoder import Encoder, pretrained_encoder
-from raycap.model.network import CaptionNetwork
+from raycap.model.decoder import Decoder
+from raycap.model.encoder import Encoder
 from raycap.model.vocabulary import Vocabulary
 from raycap.on_ray import connect, mailbox, raycap_cause
 from raycap.storage import Store, open_store
-from raycap.train.card import last_part, model_card, saved_settings
 from raycap.train.config import TrainConfig
 from raycap.train.data import CaptionData
+from raycap.train.export import read_state, write_bundle, write_checkpoint
 from raycap.train.features import Features, compute_features
+from raycap.train.job import Job, frozen_encoder, identity, new_decoder
 from raycap.train.loop import Learner, caption_features
+from raycap.train.monitor import Monitor, Tell
 
 log = logging.getLogger(__name__)
-
-Tell = Callable[[str], None]
-STATE, CAPTIONS = "learner.pt", "captions.json"
-MAY_CHANGE = frozenset(
-    {"epochs", "output", "val_images", "val_annotations", "beam_size", "length_penalty", "weights_dtype", "data_notice",
-     "num_workers", "use_gpu"}
-)  # fmt: skip
-"""Settings that a resumed run may change. The paths of its images may too: only their last part counts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the driver hands to every worker."""
-
-    config: TrainConfig
-    vocabulary: Vocabulary
-    train_images: list[CaptionedImage]
-    val_images: list[CaptionedImage]
-    train_store: Store
-    """Made on the driver: a relative path means the driver's directory, not a worker's."""
-    val_store: Store
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -95,7 +68,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         val_store=val_store,
     )
     result = _fit(job)
-    return _write_bundle(job, result)
+    checkpoint = max(result.best_checkpoints or [], key=lambda pair: pair[1]["cider_d"])[0]
+    with checkpoint.as_directory() as directory:
+        return write_bundle(job, Path(directory))
 
 
 def _fit(job: Job) -> Result:
@@ -163,7 +138,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         if rank == 0:
             settings["mailbox"].post.remote(line)
 
-    encoder, preprocessing = _encoder(config)
+    encoder, preprocessing = frozen_encoder(config)
     encoder = encoder.to(device).eval()
     train_features = _features(
         job.train_images, job.train_store, encoder, preprocessing, config, tell, flip=config.flip
@@ -171,7 +146,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     val_features = _features(job.val_images, job.val_store, encoder, preprocessing, config, tell, flip=False)
 
     torch.manual_seed(config.seed)
-    decoder = build_decoder(_decoder_config(config, encoder, job.vocabulary)).to(device)
+    decoder = new_decoder(config, encoder, job.vocabulary).to(device)
     wrapped = ray.train.torch.prepare_model(decoder, move_to_device=False)
     data = CaptionData.encode(
         job.train_images,
@@ -187,7 +162,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         config, decoder, data, wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
     )
     start_epoch = _restore(learner, job, tell)
-    monitor = _Monitor(config, data.steps_per_epoch, tell) if rank == 0 else None
+    monitor = Monitor(config, data.steps_per_epoch, tell) if rank == 0 else None
     for epoch in range(start_epoch, config.epochs):
         metrics = learner.train_epoch(epoch, monitor.on_step if monitor else lambda step, metrics: None)
         captions = _validation_captions(learner.best_decoder, val_features, job, rank, world_size)
@@ -199,26 +174,9 @@ def _train_worker(settings: dict[str, Any]) -> None:
         metrics |= scores.values | {"epoch": epoch + 1}
         monitor.on_epoch(epoch, metrics)
         with tempfile.TemporaryDirectory() as directory:
-            state = learner.state_dict() | {"epoch": epoch + 1, "identity": _identity(job)}
-            torch.save(state, Path(directory, STATE))
-            Path(directory, CAPTIONS).write_text(json.dumps(captions))
+            state = learner.state_dict() | {"epoch": epoch + 1, "identity": identity(job)}
+            write_checkpoint(Path(directory), state, captions)
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
-
-
-def _encoder(config: TrainConfig) -> tuple[Encoder, Preprocessing]:
-    encoder, size_px = pretrained_encoder(config.encoder)
-    return encoder, Preprocessing(size_px=config.size_px or size_px, resize=config.resize)
-
-
-def _decoder_config(config: TrainConfig, encoder: Encoder, vocabulary: Vocabulary) -> DecoderConfig:
-    return DecoderConfig(
-        kind=config.decoder,
-        vocabulary_size=len(vocabulary),
-        feature_size=encoder.config.num_channels,
-        hidden_size=config.hidden_size,
-        attention_size=config.attention_size,
-        dropout=config.dropout,
-    )
 
 
 def _features(
@@ -282,13 +240,6 @@ def _validation_captions(decoder: Decoder, features: Features, job: Job, rank: i
     return {image_id: caption for part in parts for image_id, caption in part.items()}
 
 
-def _identity(job: Job) -> dict[str, Any]:
-    """What a run cannot change when it resumes: the settings that its weights depend on, and its words."""
-    settings = saved_settings(job.config)
-    vocabulary = hashlib.sha256("\n".join(job.vocabulary.words).encode()).hexdigest()
-    return {name: value for name, value in settings.items() if name not in MAY_CHANGE} | {"vocabulary": vocabulary}
-
-
 def _restore(learner: Learner, job: Job, tell: Tell) -> int:
     """Load the run's last checkpoint, if it has one; return the epoch to go on with.
 
@@ -298,8 +249,8 @@ def _restore(learner: Learner, job: Job, tell: Tell) -> int:
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as directory:
-        state = torch.load(Path(directory, STATE), map_location=learner.device, weights_only=True)
-    now = _identity(job)
+        state = read_state(Path(directory), learner.device)
+    now = identity(job)
     before = state.get("identity", now)
     if changed := [name for name in now if before.get(name) != now[name]]:
         what = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
@@ -311,87 +262,3 @@ def _restore(learner: Learner, job: Job, tell: Tell) -> int:
     epoch: int = state["epoch"]
     tell(f"resuming after epoch {epoch}")
     return epoch
-
-
-class _Monitor:
-    """Progress lines and TensorBoard, from the first worker."""
-
-    def __init__(self, config: TrainConfig, steps_per_epoch: int, tell: Tell) -> None:
-        self.config = config
-        self.tell = tell
-        self.steps_per_epoch = steps_per_epoch
-        self.writer = SummaryWriter(str(config.run_path / "tensorboard"))
-        self.last = time.monotonic()
-        self.best = 0.0
-
-    def on_step(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-        if time.monotonic() - self.last < self.config.log_every_s:
-            return
-        self.last = time.monotonic()
-        epoch, in_epoch = divmod(step - 1, self.steps_per_epoch)
-        rate = metrics["train/images_per_s"]
-        left_s = (self.config.epochs * self.steps_per_epoch - step) * self.config.batch_size / rate
-        self.tell(
-            f"epoch {epoch + 1}/{self.config.epochs}  batch {in_epoch + 1}/{self.steps_per_epoch}  "
-            f"loss {metrics['train/loss']:.3f}  {rate:.0f} images/s  {left_s / 60:.0f} min left"
-        )
-
-    def on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        for name in ("cider_d", "bleu_4"):
-            self.writer.add_scalar(f"val/{name}", metrics[name], (epoch + 1) * self.steps_per_epoch)
-        self.writer.flush()
-        best = " (best so far)" if metrics["cider_d"] > self.best else ""
-        self.best = max(self.best, metrics["cider_d"])
-        self.tell(
-            f"epoch {epoch + 1}/{self.config.epochs} done in {metrics['epoch_s']:.0f} s  "
-            f"train loss {metrics['train_loss']:.3f}  validation CIDEr-D {100 * metrics['cider_d']:.1f}  "
-            f"BLEU-4 {100 * metrics['bleu_4']:.1f}{best}"
-        )
-
-
-def _write_bundle(job: Job, result: Result) -> dict[str, Any]:
-    """Make the bundle of the best checkpoint and score its validation captions with every metric."""
-    config = job.config
-    checkpoint = max(result.best_checkpoints or [], key=lambda pair: pair[1]["cider_d"])[0]
-    with checkpoint.as_directory() as directory:
-        state = torch.load(Path(directory, STATE), map_location="cpu", weights_only=True)
-        captions = {
-            int(image_id): caption for image_id, caption in json.loads(Path(directory, CAPTIONS).read_text()).items()
-        }
-    encoder, preprocessing = _encoder(config)
-    decoder = build_decoder(_decoder_config(config, encoder, job.vocabulary))
-    averaged = {
-        name.removeprefix("module."): tensor for name, tensor in state["averaged"].items() if name != "n_averaged"
-    }
-    decoder.load_state_dict(averaged)
-    references = {image.image_id: list(image.captions) for image in job.val_images if image.image_id in captions}
-    scores = score_captions(references, captions)
-    metrics = {
-        "split": last_part(config.val_annotations),
-        "num_images": scores.num_images,
-        "epoch": state["epoch"],
-        "beam_size": config.beam_size,
-        "length_penalty": config.length_penalty,
-        "tokenizer": scores.tokenizer,
-        "scores": scores.values,
-    }
-    card = model_card(
-        config,
-        metrics,
-        num_images=len(job.train_images),
-        num_captions=sum(len(image.captions) for image in job.train_images),
-        vocabulary_size=len(job.vocabulary),
-    )
-    bundle = Bundle(
-        network=CaptionNetwork(encoder, decoder),
-        vocabulary=job.vocabulary,
-        preprocessing=preprocessing,
-        decoding=config.decoding,
-        metrics=metrics | {"training": saved_settings(config)},
-        card=card,
-    )
-    model_id = bundle.save(config.output, s3=config.s3, weights_dtype=config.weights_dtype)
-    log.info("wrote bundle %s to %s", model_id, config.output)
-    return metrics
