@@ -11,7 +11,7 @@ from raycap.train.config import TrainConfig
 _TEMPLATE = """\
 # {name}
 
-An image captioner: {encoder} (ImageNet weights, frozen) with {decoder}, trained by [raycap](https://pypi.org/project/raycap/).
+An image captioner: {encoder} (ImageNet weights, frozen) with {decoder}, trained by raycap.
 
 ## Use
 

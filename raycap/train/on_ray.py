@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         len(vocabulary),
     )
     connect(config.ray_address)
+    # Workers have directories of their own: a relative path means the driver's.
+    config = replace(config, run_dir=str(config.run_path.parent))
     job = Job(
         config=config,
         vocabulary=vocabulary,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -80,8 +81,9 @@ def config(directory: Path) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def trained(config: TrainConfig, local_ray: None) -> tuple[dict[str, Any], list[str]]:
-    """The metrics, and the progress lines."""
-    return train_and_listen(config)
+    """The metrics, and the progress lines. The run's directory is given relative to the present one, as users do."""
+    with contextlib.chdir(Path(config.run_dir).parent):
+        return train_and_listen(dataclasses.replace(config, run_dir="runs"))
 
 
 def train_and_listen(config: TrainConfig) -> tuple[dict[str, Any], list[str]]:
@@ -117,6 +119,9 @@ def test_two_workers_train_a_bundle_that_captions(
     for caption in captioner.caption(pixels):
         assert set(caption.text.split()) <= set(bundle.vocabulary.words)
         assert len({caption.text, *(a.text for a in caption.alternatives)}) == 3
+
+    assert any((directory / "runs" / "features").iterdir())
+    assert any((directory / "runs" / "bundle" / "tensorboard").iterdir())
 
     told = "\n".join(lines)
     assert "training on 13 images (25 captions), validating on 13" in told
