@@ -40,12 +40,18 @@ from raycap.errors import (
     UnsupportedImageError,
 )
 
-__all__ = ["IMAGE_SUFFIXES", "DecodedImage", "ImageLimits", "Preprocessing", "decode_image"]
+__all__ = ["IMAGE_SUFFIXES", "UNREAD_IMAGE_SUFFIXES", "DecodedImage", "ImageLimits", "Preprocessing", "decode_image"]
 
 IMAGE_SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
 )
-"""What a folder listing takes when no filter is given, lower-case. Decoding goes by content, never by the name."""
+"""Names of the formats that are read, lower-case. Decoding goes by content, never by the name."""
+
+UNREAD_IMAGE_SUFFIXES: Final = frozenset(
+    {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".psd", ".ico", ".svg", ".eps", ".xcf"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".dds", ".qoi", ".exr", ".tga", ".dng", ".cr2", ".nef", ".arw"}
+)
+"""Names of pictures that are not read. Their owner wants to hear that they failed, so they are tried as well."""
 
 _PAD_GREY: Final = (127, 127, 127)
 """Colour beside a padded picture: mid-range, so about zero after normalisation, as a convolution's own padding is."""

@@ -63,7 +63,7 @@ class CaptionConfig:
 
     report: bool = True
     """Write report.html with a sample of the images."""
-    show: int = 12
+    show: int = 20
     """Captions to print at the end."""
     s3: Annotated[S3Options, tyro.conf.OmitArgPrefixes] = field(default_factory=S3Options)
 

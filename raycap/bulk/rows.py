@@ -21,7 +21,14 @@ import numpy as np
 import pyarrow as pa
 
 from raycap.errors import ObjectError
-from raycap.images import IMAGE_SUFFIXES, DecodedImage, ImageLimits, Preprocessing, decode_image
+from raycap.images import (
+    IMAGE_SUFFIXES,
+    UNREAD_IMAGE_SUFFIXES,
+    DecodedImage,
+    ImageLimits,
+    Preprocessing,
+    decode_image,
+)
 from raycap.storage import Store
 
 if TYPE_CHECKING:
@@ -108,7 +115,7 @@ class Fetcher:
     def _read(self, key: str) -> bytes | ObjectError:
         if not self.all_files and _has_other_suffix(key):
             return NotTriedError(
-                f"{PurePosixPath(key).suffix} is not the suffix of an image that raycap reads; --all-files tries all"
+                f"{PurePosixPath(key).suffix} is not the suffix of an image; --all-files tries every object"
             )
         try:
             return self.source.read(key, max_bytes=self.limits.max_bytes)
@@ -125,7 +132,8 @@ class NotTriedError(ObjectError):
 def _has_other_suffix(key: str) -> bool:
     """Whether the key ends in a suffix, and not in that of an image. Keys without one (hashes, ids) are tried."""
     suffix = PurePosixPath(key).suffix.lower()
-    return 2 <= len(suffix) <= 6 and suffix[1:].isalnum() and not suffix[1:].isdigit() and suffix not in IMAGE_SUFFIXES
+    is_name = 2 <= len(suffix) <= 6 and suffix[1:].isalnum() and not suffix[1:].isdigit()
+    return is_name and suffix not in IMAGE_SUFFIXES | UNREAD_IMAGE_SUFFIXES
 
 
 def _decode(data: bytes | ObjectError, preprocessing: Preprocessing, limits: ImageLimits) -> DecodedImage | ObjectError:
