@@ -5,8 +5,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 
 .PHONY: demo test unit check format clean
 
-demo: .venv/installed                  ## caption the sample photos into out/
-	$(BIN)/raycap caption raycap/samples out
+demo: .venv/installed                  ## caption the sample photos into demo-out/
+	$(BIN)/raycap caption raycap/samples demo-out
 
 test: .venv/installed-test             ## every test
 	$(BIN)/python -m pytest
@@ -25,7 +25,7 @@ format: .venv/installed-test           ## format and sort imports in place
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv demo-out
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raycap needs Python 3.11 or newer, this is " + sys.version.split()[0])'

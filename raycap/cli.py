@@ -10,6 +10,7 @@ import io
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Annotated, Any, get_args
@@ -24,7 +25,7 @@ from raycap.errors import ConfigurationError, RaycapError
 from raycap.evaluate.config import EvaluateConfig
 from raycap.train.config import TrainConfig
 
-EXIT_OK, EXIT_FAILED_ROWS, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED_ROWS, EXIT_USAGE, EXIT_OTHER, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
 
 Command = (
     Annotated[CaptionConfig, tyro.conf.subcommand("caption")]
@@ -36,8 +37,16 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 all done, 1 too many rows failed, 2 bad usage, settings or storage, 130 Ctrl-C."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    """Run one command and exit: 0 all done, 1 too many rows failed, 2 bad usage, settings or storage, 130 Ctrl-C.
+
+    70 (sysexits.h: EX_SOFTWARE) is anything else, with its traceback: a lost cluster, no memory, an error of ours.
+    """
+    try:
+        code = run(sys.argv[1:] if argv is None else argv)
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_OTHER
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -52,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
         sys.stderr.write(f"raycap: error: {' '.join(str(error).split())}\n")
         return EXIT_USAGE
     except KeyboardInterrupt:
-        sys.stderr.write("raycap: interrupted; what was written stays, and the same command goes on from there\n")
+        sys.stderr.write("raycap: interrupted; what was written stays, and caption and train go on from there\n")
         return EXIT_INTERRUPTED
 
 
@@ -118,8 +127,12 @@ def _dispatch(config: object) -> int:
             print_outcome(outcome.summary, config)
             return EXIT_OK if outcome.within_limits else EXIT_FAILED_ROWS
         case TrainConfig():
-            from raycap.train.on_ray import train
-
+            try:
+                from raycap.train.on_ray import train
+            except ImportError as error:
+                raise ConfigurationError(
+                    f"{error}; training needs more packages: pip install 'raycap[train]'"
+                ) from error
             train(config)
         case EvaluateConfig():
             from raycap.evaluate.run import evaluate

@@ -28,14 +28,19 @@ def connect(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS") or None
     # Ray's own future default; unset, it warns in every process.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None:
+    if address in (None, "local"):
         log.info("starting Ray on this machine")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         return
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigurationError(
+            f"the Ray cluster at {address!r} wants a token: set RAY_AUTH_MODE=token, with the token of its "
+            "~/.ray/auth_token"
+        ) from error
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(
             f"no Ray cluster answers at {address!r}: {reason}; check --ray-address or RAY_ADDRESS, "

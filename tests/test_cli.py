@@ -107,7 +107,7 @@ def test_version() -> None:
         assert (result.returncode, result.stdout, result.stderr) == (0, f"raycap {raycap.__version__}\n", "")
 
 
-@pytest.mark.parametrize("script", ["caption", "train", "evaluate", "benchmark"])
+@pytest.mark.parametrize("script", ["caption", "train", "evaluate"])
 def test_jobs_are_the_commands(script: str) -> None:
     result = python(f"jobs/{script}.py", "--help")
     assert result.returncode == 0, result.stderr
@@ -235,3 +235,16 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
         with_dispatch(monkeypatch, ZeroDivisionError())
+
+
+def test_an_error_of_ours_is_no_exit_code_that_means_something_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(argv: object) -> int:
+        raise ZeroDivisionError("no more memory")
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == cli.EXIT_OTHER
+    assert "no more memory" in capsys.readouterr().err

@@ -184,7 +184,6 @@ def test_tally_counts_rows_errors_bytes_and_seconds() -> None:
     skipped = failed(3, "other_suffix") | {"status": "skipped"}
     counted = tally(table([row(0), failed(1, "corrupt"), failed(2, "corrupt"), skipped, row(4, size=2**40)]))
     assert counted.num_rows == 5
-    assert counted.failed_share == 0.5
     assert counted.to_dict() == {
         "num_objects": 5,
         "num_bytes": 40 + 2**40,
@@ -204,8 +203,3 @@ def test_tallies_of_parts_add_up_to_that_of_the_whole() -> None:
     for start in range(0, len(rows), 2):
         total.add(tally(table(rows[start : start + 2])))
     assert total == tally(table(rows))
-
-
-def test_share_of_nothing() -> None:
-    assert Tally().failed_share == 0
-    assert tally(table([failed(0, "other_suffix") | {"status": "skipped"}])).failed_share == 0

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from raycap.bulk import manifest as module
-from raycap.bulk.layout import CHUNK_ROWS, CHUNKS_PER_SHARD, MANIFEST, num_chunks, shard_key
+from raycap.bulk.layout import CHUNK_ROWS, CHUNKS_PER_SHARD, MANIFEST, chunk_key, num_chunks, shard_key
 from raycap.bulk.manifest import SCHEMA, open_manifest, read_chunk
 from raycap.errors import NotFoundError, StorageError
 from raycap.storage import LocalStore, ObjectInfo, open_store
@@ -235,3 +235,14 @@ def test_manifest_file_is_json_with_all_fields(tmp_path: Path) -> None:
     manifest = open_manifest(FakeSource(3), output)
     written: dict[str, Any] = json.loads(output.read(MANIFEST))
     assert written == {"num_rows": 3, "num_bytes": 0 + 1 + 2, "fingerprint": manifest.fingerprint}
+
+
+def test_chunks_of_a_listing_that_was_deleted_do_not_pass_for_those_of_the_next(tmp_path: Path) -> None:
+    source = make(tmp_path / "images", "a.jpg")
+    output = LocalStore(str(tmp_path / "out"))
+    open_manifest(source, output)
+    output.write(chunk_key(0), b"captions of a.jpg")
+    output.delete(MANIFEST)
+    make(tmp_path / "images", "0.jpg")
+    assert open_manifest(source, output).num_rows == 2
+    assert not output.exists(chunk_key(0))

@@ -15,6 +15,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def time(self) -> float:
+        return self.now
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -69,9 +72,24 @@ def test_last_line_is_written_when_the_run_fails_too(clock: Clock, lines: pytest
 def test_rows_that_were_done_twice_are_not_more_than_all(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
     with RunProgress(total=10, done=0) as progress:
         progress.add(8)
-        clock.now += 1
+        clock.now += 2
         progress.add(8)  # a worker died, and another did its rows again
-    assert lines.messages == ["captioned 10 of 10 (100%), 0 failed, 8.0 images/s"]
+    assert lines.messages == ["captioned 10 of 10 (100%), 0 failed, 4.0 images/s"]
+
+
+def test_batches_count_when_they_were_done_and_not_when_the_driver_hears_of_them(clock: Clock) -> None:
+    progress = RunProgress(total=100, done=0)
+    progress.add(10, at_s=500.0)
+    progress.add(10, at_s=510.0)
+    assert progress.images_per_s == 1
+
+
+def test_there_is_no_rate_of_a_moment(clock: Clock) -> None:
+    progress = RunProgress(total=100, done=0)
+    progress.add(1)
+    clock.now += 0.001
+    progress.add(14)
+    assert progress.images_per_s is None
 
 
 @pytest.mark.parametrize(

@@ -664,3 +664,32 @@ class TestS3Settings:
         assert SECRET_KEY.encode() not in pickled
         assert ACCESS_KEY.encode() not in pickled
         assert pickle.loads(pickled).location == "s3://bucket/"
+
+
+@pytest.mark.parametrize(
+    "location", ["s3a://KEY:SECRET@bucket/p", "s3://KEY:SECRET@bucket", "https://KEY:se/SECRET@h/b"]
+)
+def test_keys_in_a_location_are_not_repeated(location: str) -> None:
+    with pytest.raises(ConfigurationError, match="AWS_ACCESS_KEY_ID") as error:
+        open_store(location)
+    assert "SECRET@" not in str(error.value)
+    assert "KEY:" not in str(error.value)
+
+
+def test_keys_in_an_endpoint_are_not_repeated() -> None:
+    with pytest.raises(ConfigurationError) as error:
+        S3Options(endpoint_url="KEY:SECRET@host:9000")
+    assert "SECRET" not in str(error.value).replace("AWS_SECRET_ACCESS_KEY", "")
+
+
+def test_another_process_uses_the_same_server_whatever_its_environment_says(
+    no_aws_settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://here:9000")
+    monkeypatch.setenv("AWS_REGION", "eu-west-9")
+    pickled = pickle.dumps(open_store("s3://bucket/"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://elsewhere:9000")
+    store = pickle.loads(pickled)
+    assert isinstance(store, S3Store)
+    assert (store.options.endpoint_url, store.options.region) == ("http://here:9000", "eu-west-9")
+    assert store.options.path_style is True

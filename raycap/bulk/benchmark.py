@@ -57,7 +57,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
                 output=output,
                 model=config.model,
                 batch_size=config.batch_size,
-                ray_address=config.ray_address,
+                ray_address="local",
                 report=False,
                 s3=config.s3,
             )

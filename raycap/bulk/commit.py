@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycap.bulk.layout import CAPTIONS_PREFIX, CHUNK_ROWS, CHUNKS_PREFIX, chunk_key, chunk_rows, num_chunks, part_key
-from raycap.bulk.rows import FAILED, OUTPUT_SCHEMA, STAGES
-from raycap.errors import ObjectNotFoundError, StorageError
+from raycap.bulk.rows import OUTPUT_SCHEMA, STAGES
+from raycap.errors import ObjectError, ObjectNotFoundError, StorageError
 from raycap.storage import Store
 
 CHUNKS_PER_ROW_GROUP = 64
@@ -78,12 +78,6 @@ class Tally:
     def num_rows(self) -> int:
         """Rows counted."""
         return self.counts.total()
-
-    @property
-    def failed_share(self) -> float:
-        """Failed rows over all rows that were tried."""
-        tried = self.counts["ok"] + self.counts[FAILED]
-        return self.counts[FAILED] / tried if tried else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As in the summary."""
@@ -174,3 +168,14 @@ def _read_chunk(output: Store, chunk: int, num_rows: int) -> pa.Table:
 def write_json(output: Store, key: str, value: object) -> None:
     """One small JSON file."""
     output.write(key, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+def read_json(output: Store, key: str) -> dict[str, Any]:
+    """A small JSON object of ours. Raises StorageError if it is none any more."""
+    try:
+        value = json.loads(output.read(key))
+    except (ValueError, ObjectError) as error:
+        raise StorageError(f"{output.uri(key)} was changed: {error}; choose another output") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{output.uri(key)} was changed: it holds no JSON object; choose another output")
+    return value

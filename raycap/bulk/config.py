@@ -83,6 +83,8 @@ class CaptionConfig:
             self.gpus_per_actor is None or self.gpus_per_actor >= 0,
             f"--gpus-per-actor must not be negative, got {self.gpus_per_actor}",
         )
+        gpus = self.gpus_per_actor or 0
+        require(gpus <= 1 or gpus == int(gpus), f"--gpus-per-actor above 1 must be a whole number, got {gpus:g}")
         require(0 <= self.max_failed <= 1, f"--max-failed is a share from 0 to 1, got {self.max_failed}")
         require(self.show >= 0, f"--show must not be negative, got {self.show}")
 
@@ -127,8 +129,6 @@ class BenchmarkConfig:
     """Images captioned at a time, in both."""
     output: str | None = None
     """JSON file for the numbers."""
-    ray_address: str | None = None
-    """Ray cluster to run on; by default RAY_ADDRESS, else Ray starts on this machine."""
     s3: Annotated[S3Options, tyro.conf.OmitArgPrefixes] = field(default_factory=S3Options)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycap.bulk.layout import CHUNK_ROWS, CHUNKS_PER_SHARD, MANIFEST, chunk_rows, shard_key
+from raycap.bulk.layout import CHUNK_ROWS, CHUNKS_PER_SHARD, CHUNKS_PREFIX, MANIFEST, chunk_rows, shard_key
 from raycap.errors import NotFoundError, ObjectNotFoundError, StorageError
 from raycap.storage import ObjectInfo, Store, is_s3
 
@@ -60,6 +60,8 @@ def open_manifest(source: Store, output: Store) -> Manifest:
     if num_rows == 0:
         raise NotFoundError(f"{source.location}: there are no objects here; check the path or prefix")
     manifest = Manifest(num_rows=num_rows, num_bytes=num_bytes, fingerprint=digest.hexdigest()[:20])
+    for info in output.list(CHUNKS_PREFIX):  # of an earlier manifest that somebody deleted: other objects
+        output.delete(info.key)
     output.write(MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
     return manifest
 
@@ -86,14 +88,14 @@ def read_chunk(output: Store, chunk: int, num_rows: int) -> pa.Table:
 
 def _without_output(source: Store, output: Store) -> Iterator[ObjectInfo]:
     """All objects of the source, but for the output where that lies inside it."""
-    root, inside = _root(source), _root(output)
+    root, inside = root_of(source), root_of(output)
     excluded = inside.removeprefix(root) if inside.startswith(root) and inside != root else None
     for info in source.list():
         if excluded is None or not info.key.startswith(excluded):
             yield info
 
 
-def _root(store: Store) -> str:
+def root_of(store: Store) -> str:
     """The store's location with a `/` at its end; of a local one, without symbolic links."""
     location = store.location if is_s3(store.location) else os.path.realpath(store.location)
     return location.rstrip("/") + "/"

@@ -7,8 +7,8 @@ A chunk stays one block from end to end, so the commit sees it whole.
 
 from __future__ import annotations
 
-import json
 import logging
+import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -26,12 +26,12 @@ import raycap
 from raycap.bulk import commit
 from raycap.bulk.config import CaptionConfig
 from raycap.bulk.layout import CHUNK_ROWS, MANIFEST, RUN, SUMMARY, chunk_rows
-from raycap.bulk.manifest import Manifest, open_manifest, read_chunk
+from raycap.bulk.manifest import Manifest, open_manifest, read_chunk, root_of
 from raycap.bulk.progress import RunProgress
 from raycap.bulk.report import REPORT, write_report
 from raycap.bulk.resources import plan_resources
 from raycap.bulk.rows import FAILED, Fetcher, caption_rows
-from raycap.errors import ConfigurationError, RaycapError, StorageError
+from raycap.errors import ConfigurationError, RaycapError
 from raycap.model.bundle import Bundle
 from raycap.model.captioner import Captioner
 from raycap.on_ray import connect, mailbox, raycap_cause
@@ -57,7 +57,7 @@ def caption(config: CaptionConfig) -> Outcome:
     Raises ConfigurationError or StorageError for what stops a whole run; what is wrong with one object is in its row.
     """
     source, output = open_store(config.source, config.s3), open_store(config.output, config.s3)
-    if source.location.rstrip("/") == output.location.rstrip("/"):
+    if root_of(source) == root_of(output):
         raise ConfigurationError(
             f"{output.location} is the source; the output would mix with the images. Choose another directory or "
             "prefix, such as one inside it"
@@ -67,10 +67,10 @@ def caption(config: CaptionConfig) -> Outcome:
     bundle = Bundle.load(config.model, s3=config.s3)
     _start_or_resume(config, source, output, bundle)
     if output.exists(SUMMARY):
-        summary = json.loads(output.read(SUMMARY))
+        summary = _finished_summary(source, output, bundle)
         log.info("%s is complete: %d rows; nothing to do", output.location, summary["num_objects"])
         if config.report and not output.exists(REPORT):  # it is written after the summary
-            log.info("writing %s", write_report(output.location, s3=config.s3))
+            _report(config, output)
         return Outcome(summary=summary, within_limits=_within_limits(summary, config), steady_images_per_s=None)
     started = datetime.now(UTC)
     log.info("listing %s", source.location)
@@ -107,10 +107,30 @@ def caption(config: CaptionConfig) -> Outcome:
     }
     commit.write_json(output, SUMMARY, summary)
     if config.report:
-        log.info("writing %s", write_report(output.location, s3=config.s3))
+        _report(config, output)
     return Outcome(
         summary=summary, within_limits=_within_limits(summary, config), steady_images_per_s=progress.images_per_s
     )
+
+
+def _report(config: CaptionConfig, output: Store) -> None:
+    """Write the report. The captions are complete, so that it cannot be written is no failure of the run."""
+    try:
+        log.info("writing %s", write_report(output.location, s3=config.s3))
+    except RaycapError as error:
+        log.warning("the captions are complete, but not the report: %s; raycap report tries again", error)
+
+
+def _finished_summary(source: Store, output: Store, bundle: Bundle) -> dict[str, Any]:
+    """The summary of a complete output, if it is of this source and model. `_raycap/` need not be there any more."""
+    summary = commit.read_json(output, SUMMARY)
+    for name, wanted in (("source", source.location), ("model_id", bundle.model_id)):
+        if summary.get(name) != wanted:
+            raise ConfigurationError(
+                f"{output.location} is complete for another {name} ({summary.get(name)}, not {wanted}); "
+                "choose another output"
+            )
+    return summary
 
 
 def _within_limits(summary: dict[str, Any], config: CaptionConfig) -> bool:
@@ -130,12 +150,10 @@ def _start_or_resume(config: CaptionConfig, source: Store, output: Store, bundle
         "chunk_rows": CHUNK_ROWS,
     }
     if not output.exists(MANIFEST) or not output.exists(RUN):  # nothing is captioned before the manifest is complete
-        commit.write_json(output, RUN, run)
+        if not output.exists(SUMMARY):
+            commit.write_json(output, RUN, run)
         return
-    try:
-        before = json.loads(output.read(RUN))
-    except ValueError as error:
-        raise StorageError(f"{output.uri(RUN)} was changed: {error}; choose another output") from error
+    before = commit.read_json(output, RUN)
     differing = [name for name in run if before.get(name) != run[name]]
     if differing:
         changes = "; ".join(f"{name} was {before.get(name)}, is now {run[name]}" for name in differing)
@@ -173,7 +191,9 @@ def _run(
     context.print_on_execution_start = False
     context.target_max_block_size = None  # a chunk must stay one block
     bundle_ref, num_rows = ray.put(bundle), manifest.num_rows
-    with mailbox(lambda message: progress.add(message[0], failed=message[1])) as box:
+    # The plan's word on GPUs holds: Ray hides no GPU from an actor that asked for none.
+    device = config.device if resources.gpus_per_actor else "cpu"
+    with mailbox(lambda message: progress.add(message[0], failed=message[1], at_s=message[2])) as box:
         stream = (
             ray.data.read_datasource(
                 _Chunks(todo.tolist(), fetcher, output, num_rows),
@@ -182,7 +202,7 @@ def _run(
             )
             .map_batches(
                 _CaptionActor,
-                fn_constructor_args=(bundle_ref, config, resources.threads_per_actor, box),
+                fn_constructor_args=(bundle_ref, config, device, resources.threads_per_actor, box),
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=num_actors),
@@ -209,7 +229,8 @@ def _quiet_ray_data() -> None:
         return record.levelno >= logging.WARNING and not record.getMessage().startswith(said_by_us)
 
     for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler) and isinstance(handler, logging.StreamHandler):
+        # Ray's own alone: it also hangs the root logger's handlers here, which are not ours to change.
+        if type(handler).__module__.startswith("ray.") and isinstance(handler, logging.StreamHandler):
             handler.addFilter(is_worth_it)
 
 
@@ -250,21 +271,27 @@ def _fetch_chunk(shared: ray.ObjectRef[Any], chunk: int) -> list[pa.Table]:
 class _CaptionActor:
     """A model that captions chunk after chunk."""
 
-    def __init__(self, bundle: ray.ObjectRef[Any], config: CaptionConfig, threads: int, box: Any) -> None:
+    def __init__(self, bundle: ray.ObjectRef[Any], config: CaptionConfig, device: str, threads: int, box: Any) -> None:
         torch.set_num_threads(threads)
         loaded: Bundle = ray.get(bundle)
         decoding = loaded.decoding.updated(**config.decoding_overrides)
-        self.captioner = Captioner(loaded, device=config.device, precision=config.precision, decoding=decoding)
         self.batch_size = config.batch_size
         self.box = box
+        self.error: RaycapError | None = None
+        try:
+            self.captioner = Captioner(loaded, device=device, precision=config.precision, decoding=decoding)
+        except RaycapError as error:  # Ray keeps the cause of what a call raises, but not of what a constructor does
+            self.error = error
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        if self.error is not None:
+            raise self.error
         failed = rows["status"].to_pylist().count(FAILED)
         posted = False
 
         def on_batch(done: int) -> None:
             nonlocal posted
-            self.box.post.remote((done, 0 if posted else failed))
+            self.box.post.remote((done, 0 if posted else failed, time.time()))
             posted = True
 
         return caption_rows(rows, self.captioner, batch_size=self.batch_size, on_batch=on_batch)

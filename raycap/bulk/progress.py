@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 15.0
+SHORTEST_S = 2.0
+"""A rate over less time says little."""
 
 
 class RunProgress:
@@ -53,12 +55,13 @@ class RunProgress:
         elif self.done > self.done_before:
             self._line()
 
-    def add(self, rows: int, *, failed: int = 0) -> None:
-        """`rows` more are captioned (or failed, `failed` of them)."""
-        now = time.monotonic()
+    def add(self, rows: int, *, failed: int = 0, at_s: float | None = None) -> None:
+        """`rows` more are captioned (or failed, `failed` of them), at `at_s` (as time.time(); by default now)."""
+        at_s = time.time() if at_s is None else at_s
         if self.first_at is None:
-            self.first_at, self._first_rows = now, rows
-        self.last_at = now
+            self.first_at, self._first_rows = at_s, rows
+        self.last_at = at_s if self.last_at is None else max(at_s, self.last_at)
+        now = time.monotonic()
         self.done += rows
         self.failed += failed
         if self._bar is not None:
@@ -70,8 +73,8 @@ class RunProgress:
 
     @property
     def images_per_s(self) -> float | None:
-        """Rows a second from the first finished batch to the last; None before there are two."""
-        if self.first_at is None or self.last_at is None or self.last_at <= self.first_at:
+        """Rows a second from the first finished batch to the last; None while they are less than 2 s apart."""
+        if self.first_at is None or self.last_at is None or self.last_at - self.first_at < SHORTEST_S:
             return None
         return (self.done - self.done_before - self._first_rows) / (self.last_at - self.first_at)
 

@@ -18,7 +18,7 @@ from rich.progress import track
 from raycap.coco import CaptionedImage, read_captions, read_results, write_results
 from raycap.errors import ConfigurationError, ObjectError
 from raycap.evaluate.config import EvaluateConfig
-from raycap.evaluate.scores import Scores, score_captions
+from raycap.evaluate.scores import Scores, check_scorers, score_captions
 from raycap.evaluate.table import scores_table
 from raycap.storage import Store, open_store, write_bytes
 
@@ -31,6 +31,9 @@ def evaluate(config: EvaluateConfig) -> Scores:
     Images that cannot be read are scored as empty captions and counted in the log, so scores of the same annotations
     compare. Raises ConfigurationError or StorageError.
     """
+    check_scorers(config.tokenizer)
+    if config.output:
+        write_bytes(config.output, b"{}\n", config.s3)  # better to learn now that it cannot be written
     images = read_captions(config.annotations, config.s3)
     model_id: str | None = None
     if config.results is not None:
@@ -41,10 +44,10 @@ def evaluate(config: EvaluateConfig) -> Scores:
             write_results(config.results_output, captions, config.s3)
     references = {image.image_id: list(image.captions) for image in images}
     scores = score_captions(references, captions, tokenizer=config.tokenizer)
+    Console().print(scores_table(scores))
     if config.output:
         result: dict[str, Any] = {"model_id": model_id, **scores.to_dict(), "per_image": scores.per_image}
         write_bytes(config.output, (json.dumps(result, indent=1) + "\n").encode(), config.s3)
-    Console().print(scores_table(scores))
     return scores
 
 

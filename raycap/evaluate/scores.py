@@ -21,7 +21,7 @@ from raycap.evaluate.java import NO_JAVA, find_java
 from raycap.evaluate.meteor import meteor
 from raycap.evaluate.tokenizers import ptb_tokenize, python_tokenize
 
-__all__ = ["ALL_METRICS", "Scores", "score_captions"]
+__all__ = ["ALL_METRICS", "Scores", "check_scorers", "score_captions"]
 
 logger = logging.getLogger(__name__)
 
@@ -130,13 +130,20 @@ def _tokenize(
     return words, {image_id: [next(tokenized)] for image_id in references}
 
 
-def _check(
-    references: Mapping[int, Sequence[str]], candidates: Mapping[int, str], tokenizer: str, metrics: Sequence[str]
-) -> None:
+def check_scorers(tokenizer: str) -> None:
+    """Raise ConfigurationError if the scorers, or what this tokenizer needs, are not there."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise ConfigurationError("scoring needs the package pycocoevalcap; pip install 'raycap[eval]'")
     if tokenizer not in ("auto", "ptb", "python"):
         raise ConfigurationError(f"unknown tokenizer {tokenizer!r}; expected auto, ptb or python")
+    if tokenizer == "ptb" and find_java() is None:
+        raise ConfigurationError(f"the PTB tokenizer needs Java and {NO_JAVA}, or use tokenizer='python'")
+
+
+def _check(
+    references: Mapping[int, Sequence[str]], candidates: Mapping[int, str], tokenizer: str, metrics: Sequence[str]
+) -> None:
+    check_scorers(tokenizer)
     unknown = [name for name in metrics if name not in ALL_METRICS]
     if unknown or not metrics or isinstance(metrics, str):
         got = repr(metrics) if isinstance(metrics, str) else ", ".join(map(repr, unknown or metrics)) or "none"

@@ -76,7 +76,8 @@ class Bundle:
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "decoding": dataclasses.asdict(self.decoding),
         }
-        store.delete(CONFIG)
+        if store.exists(CONFIG):
+            store.delete(CONFIG)
         store.write(VOCABULARY, _json(list(self.vocabulary.words)))
         store.write(METRICS, _json(self.metrics))
         store.write(CARD, self.card.encode())

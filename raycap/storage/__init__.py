@@ -32,7 +32,7 @@ from raycap.errors import (
 from raycap.errors import NotFoundError as _NotFoundError
 from raycap.storage.base import ObjectInfo, Store
 from raycap.storage.local import LocalStore
-from raycap.storage.options import S3Options
+from raycap.storage.options import S3Options, refuse_secrets
 from raycap.storage.s3 import S3Store
 
 __all__ = [
@@ -115,6 +115,7 @@ def _local_path(text: str) -> str:
         return unquote(parts.path)
     if _MISTYPED_S3.match(text):
         rest = _MISTYPED_S3.sub("", text, count=1).lstrip("/")
+        refuse_secrets(rest)
         raise ConfigurationError(f"expected s3://bucket/prefix, got {text!r}; type s3://{rest or 'BUCKET/PREFIX'}")
     if scheme := _SCHEME.match(text):
         hint = "type s3://BUCKET/PREFIX or the path of a directory"
@@ -122,9 +123,6 @@ def _local_path(text: str) -> str:
             hint = "type s3://BUCKET/PREFIX, and give the server's address as the S3 endpoint URL"
         elif scheme[1] == "gs":
             hint = "for Google Cloud Storage type s3://BUCKET/PREFIX with the endpoint https://storage.googleapis.com"
-        raise ConfigurationError(f"{scheme[1]}:// locations are not supported: {_without_userinfo(text)}; {hint}")
+        refuse_secrets(text)
+        raise ConfigurationError(f"{scheme[1]}:// locations are not supported: {text.partition('?')[0]}; {hint}")
     return text
-
-
-def _without_userinfo(url: str) -> str:
-    return re.sub(r"://[^/@]*@", "://", url.partition("?")[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from raycap.errors import ConfigurationError
@@ -114,6 +114,12 @@ def _session_and_address(options: S3Options) -> tuple[Session, S3Address]:
     return session, S3Address(
         endpoint_url=endpoint_url or None, region=region, path_style=path_style, ca_bundle=ca_bundle
     )
+
+
+def resolved(options: S3Options) -> S3Options:
+    """The options with endpoint, region and addressing filled in from the environment and the config files."""
+    _, address = _session_and_address(options)
+    return replace(options, endpoint_url=address.endpoint_url, region=address.region, path_style=address.path_style)
 
 
 def _checksum_settings(session: Session, address: S3Address) -> dict[str, str]:

@@ -46,6 +46,15 @@ class S3Options:
             raise ConfigurationError(f"max_attempts must be at least 1, got {self.max_attempts}")
 
 
+def refuse_secrets(address: str) -> None:
+    """Raise ConfigurationError, without repeating it, if a wrong address may hold keys (KEY:SECRET@host)."""
+    if "@" in address:
+        raise ConfigurationError(
+            "expected an address without '@' (it is not repeated here, since it may hold keys); "
+            "give keys as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+
+
 def check_endpoint_url(url: str) -> None:
     """Raise ConfigurationError unless `url` is http(s)://host[:port]. The message never repeats a password in it."""
     try:
@@ -58,6 +67,7 @@ def check_endpoint_url(url: str) -> None:
             "the S3 endpoint URL holds a user or password; give keys as AWS_ACCESS_KEY_ID and so on"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
+        refuse_secrets(url)
         raise ConfigurationError(f"expected an S3 endpoint like http://host:port, got {url!r}")
     if parts.path not in ("", "/") or parts.query or parts.fragment:
         raise ConfigurationError(

@@ -19,9 +19,9 @@ from raycap.errors import (
     StorageError,
 )
 from raycap.storage.base import TEMPORARY_PREFIX, ObjectInfo, Store
-from raycap.storage.client import arrow_s3_filesystem, s3_client
+from raycap.storage.client import arrow_s3_filesystem, resolved, s3_client
 from raycap.storage.failures import handled, is_denied, is_missing, not_s3, object_error, storage_error
-from raycap.storage.options import S3Options
+from raycap.storage.options import S3Options, refuse_secrets
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -47,6 +47,7 @@ class S3Store(Store):
         if not bucket:
             raise ConfigurationError(f"expected s3://bucket/prefix, got {location!r} without a bucket")
         if not _BUCKET.fullmatch(bucket):
+            refuse_secrets(location)
             raise ConfigurationError(
                 f"{bucket!r} is no bucket name (letters, digits, '.', '-', '_'); type s3://BUCKET/PREFIX, "
                 "the server's address goes into the endpoint URL"
@@ -56,6 +57,10 @@ class S3Store(Store):
         self.options = options
         self._base: str | None = self.prefix if not self.prefix or self.prefix.endswith("/") else None
         self._single: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process uses the same server, region and addressing, whatever its own environment says."""
+        return self.__dict__ | {"options": resolved(self.options)}
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         self._resolve()

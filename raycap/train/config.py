@@ -128,6 +128,7 @@ class TrainConfig:
                 getattr(self, name) in allowed,
                 f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}",
             )
+        require("://" not in self.run_dir, f"--run-dir must be a directory of this machine, got {self.run_dir}")
         require(bool(self.output), "--output must name a directory or s3:// prefix")
         _ = self.decoding, self.run_name  # both check themselves
 

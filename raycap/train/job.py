@@ -17,7 +17,7 @@ from raycap.train.card import saved_settings
 from raycap.train.config import TrainConfig
 
 MAY_CHANGE = frozenset(
-    {"epochs", "output", "val_images", "val_annotations", "beam_size", "length_penalty", "weights_dtype", "data_notice",
+    {"epochs", "output", "weights_dtype", "data_notice",
      "num_workers", "use_gpu"}
 )  # fmt: skip
 """Settings that a resumed run may change. The paths of its images may too: only their last part counts."""

@@ -59,6 +59,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         len(val_images),
         len(vocabulary),
     )
+    frozen_encoder(config)  # is there such an encoder, with its weights?
     connect(config.ray_address)
     # Workers have directories of their own: a relative path means the driver's.
     config = replace(config, run_dir=str(config.run_path.parent))
@@ -87,7 +88,10 @@ def _fit(job: Job) -> Result:
                 f"training needs {amount} {resource}s ({config.num_workers} workers), but Ray has "
                 f"{available.get(resource, 0):g}; lower --num-workers or --cpus-per-worker, or use a larger cluster"
             )
-    config.run_path.mkdir(parents=True, exist_ok=True)
+    try:
+        config.run_path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--run-dir: cannot make {config.run_path}: {error.strerror}") from error
     with mailbox(log.info) as box:
         return _fit_with(job, cpus, box)
 

@@ -20,15 +20,17 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from raycap import cli
 from raycap.bulk.config import CaptionConfig
 from raycap.bulk.layout import CHUNK_ROWS, RUN, SUMMARY, chunk_key, num_chunks, part_key
-from raycap.bulk.on_ray import caption
+from raycap.bulk.on_ray import _CaptionActor, caption
 from raycap.bulk.report import REPORT
 from raycap.bulk.rows import OUTPUT_SCHEMA
 from raycap.errors import ConfigurationError, NotFoundError, StorageError
+from raycap.model.bundle import Bundle
 from tests.bundles import WORDS, random_bundle
 from tests.hostile import encode, hostile_files
 from tests.s3 import S3Keys, S3Server
@@ -338,12 +340,13 @@ def test_killed_and_interrupted_runs_end_in_one_row_each(
     write_all(tmp_path / "images", good_pictures(num_images))
     output = tmp_path / "out"
     command = ("caption", str(tmp_path / "images"), str(output), "--model", tiny_bundle)
+    slowly = (*command, "--batch-size", "1")  # a signal falls into the middle of a run
     chunks = output / "_raycap/chunks"
 
     def num_done() -> int:
         return len(list(chunks.glob("*.parquet")))
 
-    killed = start(*command)
+    killed = start(*slowly)
     wait_until(lambda: num_done() >= 1 or killed.process.poll() is not None, "the first chunk")
     killed.process.kill()
     assert killed.finish()[0] == -signal.SIGKILL
@@ -352,7 +355,7 @@ def test_killed_and_interrupted_runs_end_in_one_row_each(
     assert 1 <= len(done) < num_chunks(num_images)
     assert not (output / SUMMARY).exists()
 
-    interrupted = start(*command)
+    interrupted = start(*slowly)
     wait_until(lambda: num_done() > len(done) or interrupted.process.poll() is not None, "one more chunk")
     os.killpg(interrupted.process.pid, signal.SIGINT)  # as a terminal does at Ctrl-C
     code, _, err = interrupted.finish()
@@ -453,3 +456,19 @@ def test_output_that_may_not_be_written_is_one_line(
     code, _, err = start("caption", str(source), f"s3://{bucket}/out", env=s3_server.env(keys)).finish()
     assert code == cli.EXIT_USAGE
     check_one_line(err, "access denied")
+
+
+def test_complete_output_of_another_source_is_refused(copy: CaptionConfig, tmp_path: Path) -> None:
+    shutil.rmtree(Path(copy.output) / "_raycap")
+    assert caption(copy).summary["status"] == "complete", "what is internal may be deleted from a finished output"
+    shutil.rmtree(Path(copy.output) / "_raycap")
+    write_all(tmp_path / "others", good_pictures(1))
+    with pytest.raises(ConfigurationError, match="complete for another source"):
+        caption(replace(copy, source=str(tmp_path / "others")))
+
+
+def test_actor_that_cannot_have_its_model_tells_why(config: CaptionConfig, tiny_bundle: str, local_ray: None) -> None:
+    bundle = ray.put(Bundle.load(tiny_bundle))
+    actor = _CaptionActor(bundle, replace(config, precision="float16"), "cpu", 1, None)
+    with pytest.raises(ConfigurationError, match="float16 needs a GPU"):
+        actor(OUTPUT_SCHEMA.empty_table())

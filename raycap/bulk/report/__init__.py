@@ -62,7 +62,7 @@ def write_report(output: str, *, s3: S3Options = _DEFAULT_S3, max_images: int = 
         raise ConfigurationError(f"max_images must not be negative, got {max_images}")
     store = open_store(output, s3)
     summary = _read_json(store, SUMMARY)
-    settings = summary.get("config") or _read_json(store, RUN)
+    settings = _read_json(store, RUN)
     keys = _caption_files(store, output, finished=bool(summary))
     digest = Digest(max_images=max_images, seed=seed)
     filesystem, root = store.arrow_filesystem()
