@@ -75,7 +75,12 @@ def table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def write_output(
-    folder: Path, rows: list[dict[str, Any]], *, summary: dict[str, Any] | None = None, num_files: int = 1
+    folder: Path,
+    rows: list[dict[str, Any]],
+    *,
+    summary: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    num_files: int = 1,
 ) -> str:
     """An output of `raycap caption` in `folder`; returns its location."""
     (folder / "captions").mkdir(parents=True)
@@ -83,6 +88,9 @@ def write_output(
         pq.write_table(table(rows[part::num_files]), folder / f"captions/part-{part:05d}.parquet")
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
+    if settings is not None:
+        (folder / "_raycap").mkdir()
+        (folder / "_raycap/run.json").write_text(json.dumps(settings))
     return str(folder)
 
 
@@ -330,8 +338,8 @@ def test_missing_changed_and_oversized_images_leave_a_note(tmp_path: Path) -> No
         row("4-odd.jpg", uri="http://127.0.0.1/odd.jpg"),
         row("5-null.jpg", uri=None),
     ]
-    summary = summary_of(rows, config={"max_pixels": 19_200})
-    page = report(write_output(tmp_path / "out", rows, summary=summary))
+    settings = {"limits": {"max_pixels": 19_200}}
+    page = report(write_output(tmp_path / "out", rows, summary=summary_of(rows), settings=settings))
     assert len(page.images()) == 1
     assert "The file has changed since it was captioned." in page.text
     assert page.text.count("The image is no longer there.") == 2
@@ -358,8 +366,8 @@ def evil_output(tmp_path: Path) -> str:
         row(f"bad{EVIL}", None, error=f"expected an image, got {EVIL}", error_code=f"code{EVIL}"),
         row("other.jpg", EVIL_CAPTION, alternatives=[{"caption": EVIL, "log_prob": -1.0}], model_id=EVIL),
     ]
-    summary = summary_of(rows, source=EVIL, stage_s={EVIL: 1.0}, config={"source": EVIL}, raycap_version=EVIL)
-    return write_output(tmp_path / "out", rows, summary=summary)
+    summary = summary_of(rows, source=EVIL, stage_s={EVIL: 1.0}, raycap_version=EVIL)
+    return write_output(tmp_path / "out", rows, summary=summary, settings={"source": EVIL})
 
 
 def test_everything_is_escaped(evil_output: str) -> None:
@@ -468,8 +476,8 @@ def browser_output(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows.append(image_row(folder / "images", "evil", picture, key=EVIL_KEY, caption=EVIL_CAPTION, log_prob=None))
     rows.append(row("x" * 300 + ".jpg", "a dog " + "w" * 200))
     rows += [row("y" * 400, None, error="z" * 400), row("s.txt", None, status="skipped", error_code="not_an_image")]
-    summary = summary_of(rows, source="s3://bucket/" + "long" * 60, config={"model": "m" * 300})
-    return write_report(write_output(folder / "out", rows, summary=summary))
+    summary = summary_of(rows, source="s3://bucket/" + "long" * 60)
+    return write_report(write_output(folder / "out", rows, summary=summary, settings={"model": "m" * 300}))
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from raycap.errors import (
     StorageError,
 )
 from raycap.storage import (
-    LocalStore,
     ObjectInfo,
     S3Options,
     S3Store,
@@ -324,12 +323,6 @@ def test_whole_files_by_their_path(tmp_path: Path) -> None:
     for folder in (f"{tmp_path}/", "s3://bucket", "s3://bucket/a/"):
         with pytest.raises(ConfigurationError, match="one file"):
             read_bytes(folder)
-
-
-def test_local_arrow_filesystem(tmp_path: Path) -> None:
-    filesystem, base = LocalStore(str(tmp_path)).arrow_filesystem()
-    open_store(tmp_path).write("a", b"1")
-    assert filesystem.open_input_file(f"{base}/a").read() == b"1"
 
 
 # S3: a local HTTP server answers with what the test says

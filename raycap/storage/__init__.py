@@ -5,7 +5,7 @@
     for info in store.list():              # streamed, in key order
         data = store.read(info.key)
 
-Knows nothing of images, Ray or torch. boto3 and pyarrow are imported when first needed, not with this package.
+Knows nothing of images, Ray or torch. boto3 is imported when first needed, not with this package.
 
     base.py      ObjectInfo, and Store: what every store can do
     local.py     LocalStore: directories and files of this machine

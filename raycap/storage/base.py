@@ -5,10 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 TEMPORARY_PREFIX = ".raycap-tmp-"
 """Names that start so are raycap's own, half written or about to be deleted: no listing shows them."""
@@ -92,11 +88,6 @@ class Store(ABC):
     def check_writable(self) -> None:
         """Return if objects can be written here, else raise the one StorageError that says why. Leaves nothing
         behind."""
-
-    @abstractmethod
-    def arrow_filesystem(self) -> tuple[FileSystem, str]:
-        """A pyarrow filesystem and this store's path in it, for `ray.data.read_parquet(path,
-        filesystem=filesystem)`."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.location!r})"

@@ -14,15 +14,11 @@ from raycap.storage.options import S3Options, check_endpoint_url
 
 if TYPE_CHECKING:
     from botocore.session import Session
-    from pyarrow.fs import S3FileSystem
 
 DEFAULT_REGION = "us-east-1"
 MAX_POOL_CONNECTIONS = 128
 """Connections that one client keeps open, so threads that can fetch at once without waiting for each other."""
 
-_KEYS_PYARROW_REFRESHES = {"iam-role", "container-role", "assume-role-with-web-identity"}
-"""Temporary keys by botocore's name of their source. The AWS SDK inside pyarrow finds these by itself and renews
-them."""
 
 _making_client = threading.Lock()
 
@@ -34,7 +30,6 @@ class S3Address:
     endpoint_url: str | None
     region: str
     path_style: bool
-    ca_bundle: str | None
 
 
 def s3_client(options: S3Options) -> Any:
@@ -110,10 +105,7 @@ def _session_and_address(options: S3Options) -> tuple[Session, S3Address]:
     # boto3 does not read AWS_REGION, which every other AWS SDK does.
     region = options.region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or DEFAULT_REGION
     path_style = options.path_style if options.path_style is not None else bool(endpoint_url)
-    ca_bundle = session.get_config_variable("ca_bundle")
-    return session, S3Address(
-        endpoint_url=endpoint_url or None, region=region, path_style=path_style, ca_bundle=ca_bundle
-    )
+    return session, S3Address(endpoint_url=endpoint_url or None, region=region, path_style=path_style)
 
 
 def resolved(options: S3Options) -> S3Options:
@@ -133,56 +125,3 @@ def _checksum_settings(session: Session, address: S3Address) -> dict[str, str]:
         if not told:
             settings[name] = "when_required"
     return settings
-
-
-def arrow_s3_filesystem(options: S3Options, bucket: str) -> S3FileSystem:
-    """The same server, keys and addressing for pyarrow, which reads neither endpoints nor profiles as boto3 does."""
-    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
-
-    session, address = _session_and_address(options)
-    settings: dict[str, Any] = {
-        "region": address.region,
-        "connect_timeout": options.connect_timeout_s,
-        "request_timeout": options.read_timeout_s,
-        "retry_strategy": AwsStandardS3RetryStrategy(max_attempts=options.max_attempts),
-    }
-    if address.ca_bundle:
-        settings["tls_ca_file_path"] = address.ca_bundle
-    endpoint_url = address.endpoint_url
-    if endpoint_url is None and options.region is None:
-        settings["region"] = _bucket_region(options, bucket) or address.region
-    if endpoint_url is None and address.path_style:  # pyarrow has path style for overridden endpoints alone
-        endpoint_url = f"https://s3.{settings['region']}.amazonaws.com"
-    if endpoint_url is not None:
-        scheme, _, host = endpoint_url.rstrip("/").partition("://")
-        settings |= {"scheme": scheme, "endpoint_override": host, "force_virtual_addressing": not address.path_style}
-    return S3FileSystem(**settings, **_arrow_credentials(session, options))
-
-
-def _bucket_region(options: S3Options, bucket: str) -> str | None:
-    """boto3 follows AWS to the bucket's own region; pyarrow has to be told."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        answer: dict[str, Any] = s3_client(options).head_bucket(Bucket=bucket)
-    except ClientError as error:
-        answer = error.response
-    except BotoCoreError:
-        return None
-    region: str | None = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
-    return region
-
-
-def _arrow_credentials(session: Session, options: S3Options) -> dict[str, Any]:
-    from botocore.exceptions import BotoCoreError
-
-    if options.anonymous:
-        return {"anonymous": True}
-    try:
-        credentials = session.get_credentials()
-        if credentials is None or credentials.method in _KEYS_PYARROW_REFRESHES:
-            return {}
-        frozen = credentials.get_frozen_credentials()
-    except BotoCoreError as error:
-        raise storage_error(error, "cannot get S3 keys") from error
-    return {"access_key": frozen.access_key, "secret_key": frozen.secret_key, "session_token": frozen.token}

@@ -11,7 +11,6 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from raycap.errors import (
     FetchError,
@@ -23,9 +22,6 @@ from raycap.errors import (
     StorageError,
 )
 from raycap.storage.base import TEMPORARY_PREFIX, ObjectInfo, Store
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 _NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EINVAL}
 _REASONS = {
@@ -172,11 +168,6 @@ class LocalStore(Store):
             os.unlink(_write_temporary(folder, b"\0" * _PROBE_BYTES))
         except OSError as error:
             raise _storage_error(error, f"cannot write to {self.location}") from error
-
-    def arrow_filesystem(self) -> tuple[FileSystem, str]:
-        from pyarrow.fs import LocalFileSystem
-
-        return LocalFileSystem(), self.location
 
     def _base(self) -> str:
         """The directory that keys are relative to: of a single file, the one it is in."""

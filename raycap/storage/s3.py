@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raycap.errors import (
     ConfigurationError,
@@ -19,12 +19,9 @@ from raycap.errors import (
     StorageError,
 )
 from raycap.storage.base import TEMPORARY_PREFIX, ObjectInfo, Store
-from raycap.storage.client import arrow_s3_filesystem, resolved, s3_client
+from raycap.storage.client import resolved, s3_client
 from raycap.storage.failures import handled, is_denied, is_missing, not_s3, object_error, storage_error
 from raycap.storage.options import S3Options, refuse_secrets
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 MULTIPART_BYTES = 64 * 1024 * 1024
 """Above this, an upload goes in parts, several at once; it still appears whole."""
@@ -199,15 +196,6 @@ class S3Store(Store):
                 raise storage_error(error, what) from error
         else:
             _require_s3(page, what)
-
-    def arrow_filesystem(self) -> tuple[FileSystem, str]:
-        """A pyarrow filesystem and this store's path in it.
-
-        Once pickled, it carries its keys with it; where that matters, send the store and call this on the worker. Keys
-        of a login (SSO), an assumed role or a credential process are those of this moment and expire; those of machine
-        roles are renewed.
-        """
-        return arrow_s3_filesystem(self.options, self.bucket), f"{self.bucket}/{self.prefix}".rstrip("/")
 
     def _client(self) -> Any:
         return s3_client(self.options)

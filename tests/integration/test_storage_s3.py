@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import subprocess
@@ -207,20 +206,3 @@ def test_one_store_serves_many_threads(bucket: str) -> None:
     fill(store, keys)
     with ThreadPoolExecutor(32) as threads:
         assert list(threads.map(store.read, keys)) == [key.encode() for key in keys]
-
-
-def test_arrow_reads_what_was_written_and_the_other_way_round(bucket: str) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    store = open_store(f"s3://{bucket}/out put/run+1")
-    table = pa.table({"caption": ["a dog runs", "two people"], "log_prob": [-1.5, -2.5]})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    store.write("one.parquet", buffer.getvalue())
-    filesystem, base = store.arrow_filesystem()
-    assert pq.read_table(base, filesystem=filesystem).equals(table)
-    pq.write_table(table, f"{base}/two.parquet", filesystem=filesystem)
-    assert pq.read_table(io.BytesIO(store.read("two.parquet"))).equals(table)
-    assert [info.key for info in store.list()] == ["one.parquet", "two.parquet"]
-    assert pickle.loads(pickle.dumps(filesystem)).get_file_info(f"{base}/one.parquet").is_file

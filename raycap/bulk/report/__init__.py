@@ -4,8 +4,9 @@
     the sample's URIs  --fetch---> tiles: small JPEGs inside the page
     Digest + tiles + summary.json -> report.html.j2 -> one file that asks no network for anything
 
-Memory is bounded whatever the number of rows. The images are read again, since the output holds none of them; one that
-has gone or changed meanwhile becomes a tile that says so. Knows nothing of Ray, torch or the model.
+Memory is bounded by the size of one file, whatever the number of rows. The images are read again, since the output
+holds none of them; one that has gone or changed meanwhile becomes a tile that says so. Knows nothing
+of Ray, torch or the model.
 
     digest.py       rows -> Digest
     tiles.py        rows of the sample -> thumbnails
@@ -15,13 +16,13 @@ has gone or changed meanwhile becomes a tile that says so. Knows nothing of Ray,
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSystem
 
 from raycap.bulk.layout import CAPTIONS_PREFIX, CHUNKS_PREFIX, RUN, SUMMARY
 from raycap.bulk.report.digest import Digest
@@ -42,8 +43,6 @@ _COLUMNS: Final = (
     *("width", "height", "model_id", "captioned_at"),
 )
 _BATCH_ROWS: Final = 65_536
-_READ_BUFFER_BYTES: Final = 1 << 20
-"""A column is read in steps of this size, not a row group at a time."""
 
 
 def write_report(output: str, *, s3: S3Options = _DEFAULT_S3, max_images: int = 200, seed: int = 0) -> str:
@@ -65,9 +64,8 @@ def write_report(output: str, *, s3: S3Options = _DEFAULT_S3, max_images: int = 
     settings = _read_json(store, RUN)
     keys = _caption_files(store, output, finished=bool(summary))
     digest = Digest(max_images=max_images, seed=seed)
-    filesystem, root = store.arrow_filesystem()
     for key in keys:
-        for batch in _batches(filesystem, f"{root}/{key}", name=store.uri(key)):
+        for batch in _batches(store, key):
             digest.add(batch)
     tiles = make_tiles(digest.sample.rows(), s3, _limits(settings))
     store.write(REPORT, render(output, summary, settings, digest, tiles).encode(errors="replace"))
@@ -106,16 +104,16 @@ def _limits(settings: dict[str, Any]) -> ImageLimits:
     return ImageLimits(**{name: given[name] for name in names if isinstance(given.get(name), int)})
 
 
-def _batches(filesystem: FileSystem, path: str, *, name: str) -> Iterator[pa.Table]:
+def _batches(store: Store, key: str) -> Iterator[pa.Table]:
     """The columns that matter of one file, a bounded number of rows at a time."""
+    name = store.uri(key)
     try:
-        with filesystem.open_input_file(path) as source:
-            file = pq.ParquetFile(source, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
-            if missing := sorted(set(_COLUMNS) - set(file.schema_arrow.names)):
-                raise ConfigurationError(f"{name} was not written by raycap: no column {', '.join(missing)}")
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(_COLUMNS)):
-                yield pa.Table.from_batches([batch])
+        file = pq.ParquetFile(io.BytesIO(store.read(key)))
+        if missing := sorted(set(_COLUMNS) - set(file.schema_arrow.names)):
+            raise ConfigurationError(f"{name} was not written by raycap: no column {', '.join(missing)}")
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(_COLUMNS)):
+            yield pa.Table.from_batches([batch])
     except pa.ArrowInvalid as error:
         raise ConfigurationError(f"{name} is no readable Parquet file: {error}; caption again") from error
-    except OSError as error:
+    except (OSError, ObjectError) as error:
         raise StorageError(f"cannot read {name}: {error}") from error
