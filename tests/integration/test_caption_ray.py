@@ -280,6 +280,8 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell's background jobs ignore Ctrl-C, and so would their children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(self) -> tuple[int, str, str]:
@@ -461,7 +463,6 @@ def test_output_that_may_not_be_written_is_one_line(
 def test_complete_output_of_another_source_is_refused(copy: CaptionConfig, tmp_path: Path) -> None:
     shutil.rmtree(Path(copy.output) / "_raycap")
     assert caption(copy).summary["status"] == "complete", "what is internal may be deleted from a finished output"
-    shutil.rmtree(Path(copy.output) / "_raycap")
     write_all(tmp_path / "others", good_pictures(1))
     with pytest.raises(ConfigurationError, match="complete for another source"):
         caption(replace(copy, source=str(tmp_path / "others")))
