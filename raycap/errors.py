@@ -14,6 +14,7 @@ The tree::
         │   ├── ObjectNotFoundError         code "not_found"
         │   ├── ObjectAccessDeniedError     code "access_denied"
         │   └── ObjectUnreadableError       code "fetch_failed": retries ran out, or the body was cut short
+        ├── bulk.rows.NotTriedError code "other_suffix": its name says that it is no image; skipped
         └── ImageError              its bytes are not a picture that can be captioned
             ├── EmptyImageError             code "empty"
             ├── NotAnImageError             code "not_an_image"
