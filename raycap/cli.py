@@ -125,7 +125,10 @@ def _dispatch(config: object) -> int:
 
             outcome = caption(config)
             print_outcome(outcome.summary, config)
-            return EXIT_OK if outcome.within_limits else EXIT_FAILED_ROWS
+            if outcome.within_limits:
+                return EXIT_OK
+            sys.stderr.write(f"raycap: more than --max-failed {config.max_failed:g} of the tried objects failed\n")
+            return EXIT_FAILED_ROWS
         case TrainConfig():
             try:
                 from raycap.train.on_ray import train

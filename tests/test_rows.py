@@ -138,6 +138,7 @@ def test_pixels_are_those_of_the_one_preprocessing(hostile: LocalStore) -> None:
         ("notes.txt", False),
         ("clip.MP4", False),
         ("photo.jpg.json", False),
+        ("captions/part-00000.parquet", False),
         ("phone.heic", True),  # a picture that is not read: a failure, which its owner wants to hear of
     ],
 )

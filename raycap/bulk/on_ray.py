@@ -73,7 +73,7 @@ def caption(config: CaptionConfig) -> Outcome:
             _report(config, output)
         return Outcome(summary=summary, within_limits=_within_limits(summary, config), steady_images_per_s=None)
     started = datetime.now(UTC)
-    log.info("listing %s", source.location)
+    log.info("%s %s", "going on with the listing of" if output.exists(MANIFEST) else "listing", source.location)
     manifest = open_manifest(source, output)
     todo = commit.missing_chunks(output, manifest.num_rows)
     num_todo = sum(len(chunk_rows(chunk, manifest.num_rows)) for chunk in todo)

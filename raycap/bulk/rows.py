@@ -132,7 +132,7 @@ class NotTriedError(ObjectError):
 def _has_other_suffix(key: str) -> bool:
     """Whether the key ends in a suffix, and not in that of an image. Keys without one (hashes, ids) are tried."""
     suffix = PurePosixPath(key).suffix.lower()
-    is_name = 2 <= len(suffix) <= 6 and suffix[1:].isalnum() and not suffix[1:].isdigit()
+    is_name = 2 <= len(suffix) <= 8 and suffix[1:].isalnum() and not suffix[1:].isdigit()
     return is_name and suffix not in IMAGE_SUFFIXES | UNREAD_IMAGE_SUFFIXES
 
 

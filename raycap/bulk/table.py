@@ -24,7 +24,7 @@ def print_outcome(summary: dict[str, Any], config: CaptionConfig) -> None:
     if config.show:
         console.print(_captions(output, config.show))
     if summary["errors"]:
-        errors = Table("error", "rows", box=box.SIMPLE)
+        errors = Table("no caption", "objects", box=box.SIMPLE)
         errors.add_column("for example", overflow="fold")
         for error in summary["errors"]:
             errors.add_row(error["code"], str(error["count"]), escape(error["example_uri"]))
