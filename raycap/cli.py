@@ -134,7 +134,7 @@ def _dispatch(config: object) -> int:
                 from raycap.train.on_ray import train
             except ImportError as error:
                 raise ConfigurationError(
-                    f"{error}; training needs more packages: pip install 'raycap[train]'"
+                    "training needs packages that are not installed: pip install 'raycap[train]'"
                 ) from error
             train(config)
         case EvaluateConfig():
