@@ -8,6 +8,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -21,7 +22,7 @@ from raycap.bulk.config import BenchmarkConfig, CaptionConfig
 from raycap.bulk.on_ray import caption
 from raycap.errors import ConfigurationError, ObjectError
 from raycap.model.captioner import Captioner
-from raycap.storage import open_store, write_bytes
+from raycap.storage import Store, open_store, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +37,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     store = open_store(config.source, config.s3)
     store.check_readable()
     captioner = Captioner.load(config.model, s3=config.s3)
-    files = []
-    for info in store.list():
-        try:
-            data = store.read(info.key)
-            captioner.prepare(data)
-            files.append(data)
-        except ObjectError:
-            continue
-        if len(files) == config.num_images:
-            break
+    files = list(islice(_readable_images(store, captioner), config.num_images))
     if not files:
         raise ConfigurationError(f"{config.source}: no image to measure with")
     log.info("tight loop over %d images in memory", len(files))
@@ -94,6 +86,17 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     table.add_row("bulk job", f"{bulk:.1f}", f"{bulk / tight_mean:.2f}")
     Console().print(table)
     return result
+
+
+def _readable_images(store: Store, captioner: Captioner) -> Iterator[bytes]:
+    """The bytes of the objects that can be captioned, in the order of the listing."""
+    for info in store.list():
+        try:
+            data = store.read(info.key)
+            captioner.prepare(data)
+        except ObjectError:
+            continue
+        yield data
 
 
 def _tight_loop(captioner: Captioner, files: list[bytes], batch_size: int) -> float:
