@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -20,15 +21,18 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import raycap
-from raycap.bulk.config import BenchmarkConfig, CaptionConfig, ReportConfig
+from raycap.bulk.config import BenchmarkConfig, CaptionConfig, ExportConfig, PlanConfig, ReportConfig, StatusConfig
 from raycap.errors import ConfigurationError, RaycapError
 from raycap.evaluate.config import EvaluateConfig
 from raycap.train.config import TrainConfig
 
-EXIT_OK, EXIT_FAILED_ROWS, EXIT_USAGE, EXIT_OTHER, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
+EXIT_OK, EXIT_FAILED_ROWS, EXIT_USAGE, EXIT_OTHER, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 70, 130, 143
 
 Command = (
     Annotated[CaptionConfig, tyro.conf.subcommand("caption")]
+    | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
+    | Annotated[StatusConfig, tyro.conf.subcommand("status")]
+    | Annotated[ExportConfig, tyro.conf.subcommand("export")]
     | Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
@@ -37,10 +41,13 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 all done, 1 too many rows failed, 2 bad usage, settings or storage, 130 Ctrl-C.
+    """Run one command and exit: 0 all done, 1 too many rows failed, 2 bad usage, settings or storage, 130 Ctrl-C, 143
+    SIGTERM.
 
     70 (sysexits.h: EX_SOFTWARE) is anything else, with its traceback: a lost cluster, no memory, an error of ours.
     """
+    # What Kubernetes, Slurm and spot nodes send before they kill: leave as at Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = run(sys.argv[1:] if argv is None else argv)
     except Exception:
@@ -60,9 +67,20 @@ def run(argv: Sequence[str]) -> int:
     except RaycapError as error:
         sys.stderr.write(f"raycap: error: {' '.join(str(error).split())}\n")
         return EXIT_USAGE
-    except KeyboardInterrupt:
-        sys.stderr.write("raycap: interrupted; what was written stays, and caption and train go on from there\n")
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        name, code = (
+            ("terminated", EXIT_TERMINATED) if isinstance(stop, _Terminated) else ("interrupted", EXIT_INTERRUPTED)
+        )
+        sys.stderr.write(f"raycap: {name}; what was written stays, and caption and train go on from there\n")
+        return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: everything ends as it does at Ctrl-C, but for the exit code."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _parse(argv: Sequence[str]) -> object:
@@ -120,7 +138,7 @@ def _one_line(box: str) -> str:
 def _dispatch(config: object) -> int:
     match config:
         case CaptionConfig():
-            from raycap.bulk.on_ray import caption
+            from raycap.bulk.run import caption
             from raycap.bulk.table import print_outcome
 
             outcome = caption(config)
@@ -129,6 +147,18 @@ def _dispatch(config: object) -> int:
                 return EXIT_OK
             sys.stderr.write(f"raycap: more than --max-failed {config.max_failed:g} of the tried objects failed\n")
             return EXIT_FAILED_ROWS
+        case PlanConfig():
+            from raycap.bulk.plan import plan
+
+            plan(config)
+        case StatusConfig():
+            from raycap.bulk.status import status
+
+            status(config)
+        case ExportConfig():
+            from raycap.bulk.export import export
+
+            export(config)
         case TrainConfig():
             try:
                 from raycap.train.on_ray import train

@@ -8,13 +8,13 @@ The tree::
     ├── StorageError                storage that will not get better by itself; stops a run, exit code 2
     │   ├── CredentialsError        keys missing, unknown, expired, or not allowed to do this at all
     │   ├── NotFoundError           no such bucket, prefix, directory or file
-    │   └── EndpointError           the S3 endpoint cannot be reached or does not speak S3
+    │   ├── EndpointError           the S3 endpoint cannot be reached or does not speak S3
+    │   └── ConditionalWritesUnsupportedError   the S3 server cannot write on a condition
     └── ObjectError                 one object failed: it becomes a row with `code`, never a dead job
         ├── FetchError              its bytes could not be had
         │   ├── ObjectNotFoundError         code "not_found"
         │   ├── ObjectAccessDeniedError     code "access_denied"
         │   └── ObjectUnreadableError       code "fetch_failed": retries ran out, or the body was cut short
-        ├── bulk.rows.NotTriedError code "other_suffix": its name says that it is no image; skipped
         └── ImageError              its bytes are not a picture that can be captioned
             ├── EmptyImageError             code "empty"
             ├── NotAnImageError             code "not_an_image"
@@ -57,6 +57,10 @@ class NotFoundError(StorageError):
 
 class EndpointError(StorageError):
     """The S3 endpoint cannot be reached, or what answers there does not speak S3."""
+
+
+class ConditionalWritesUnsupportedError(StorageError):
+    """The S3 server does not know conditional writes (If-Match, If-None-Match)."""
 
 
 class ObjectError(RaycapError):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycap.errors import ConfigurationError, RaycapError
 
@@ -69,7 +70,9 @@ class Mailbox:
 @contextmanager
 def mailbox(handle: Callable[[Any], None], *, every_s: float = 0.5) -> Iterator[Any]:
     """A `Mailbox` whose messages go to `handle`, in a thread of the driver, until the block ends; the last ones too."""
-    box = Mailbox.remote()  # type: ignore[attr-defined]
+    # Beside the driver: another node may go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    box = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def deliver() -> None:

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from raycap.bulk.config import BenchmarkConfig, CaptionConfig, ReportConfig
+from raycap.bulk.config import BenchmarkConfig, CaptionConfig, ExportConfig, PlanConfig, ReportConfig, Selection
 from raycap.errors import ConfigurationError
 from raycap.images import ImageLimits
 
 COUNTS = [
     "batch_size",
     "requests_in_flight",
-    "rows_per_file",
     "max_bytes",
     "max_pixels",
     "num_actors",
+    "max_actors",
     "cpus_per_actor",
 ]
 
@@ -31,6 +31,9 @@ COUNTS = [
         ("max_failed", -0.1, "--max-failed is a share from 0 to 1, got -0.1"),
         ("max_failed", 5, "--max-failed is a share from 0 to 1, got 5"),
         ("max_failed", float("nan"), "--max-failed is a share from 0 to 1, got nan"),
+        ("max_failed", 1.5, "--max-failed is a share from 0 to 1, got 1.5"),
+        ("file_size_mb", 0, "--file-size-mb must be above 0, got 0"),
+        ("num_cpus_per_fetch", 0, "--num-cpus-per-fetch must be above 0, got 0"),
         ("show", -1, "--show must not be negative, got -1"),
     ],
 )
@@ -47,6 +50,37 @@ def test_other_commands_check_too() -> None:
         BenchmarkConfig(source="a", num_images=0)
     with pytest.raises(ConfigurationError, match="--batch-size must be at least 1"):
         BenchmarkConfig(source="a", batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sample": 0}, "--sample is a share above 0 and up to 1, got 0"),
+        ({"sample": 1.1}, "--sample is a share above 0 and up to 1, got 1.1"),
+        ({"limit": 0}, "--limit must be at least 1, got 0"),
+        ({"min_size": -1}, "--min-size must not be negative, got -1"),
+        ({"min_size": 5, "max_size": 4}, "--max-size must be at least --min-size, got 4"),
+    ],
+)
+def test_bad_selections_are_refused_by_option(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        Selection(**settings)
+    assert str(raised.value) == message
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="--update needs the whole listing"):
+        CaptionConfig(source="a", output="b", update=True, selection=Selection(limit=5))
+    with pytest.raises(ConfigurationError, match="--max-actors must be at least --num-actors, got 2"):
+        CaptionConfig(source="a", output="b", num_actors=3, max_actors=2)
+    with pytest.raises(ConfigurationError, match="--partition-by is for --format parquet, not jsonl"):
+        ExportConfig(output="a", format="jsonl", partition_by="status")
+    for name in ("num_samples", "max_list", "num_objects", "num_cpus"):
+        with pytest.raises(ConfigurationError, match=f"--{name.replace('_', '-')} must be at least 1, got 0"):
+            PlanConfig(source="a", **{name: 0})
+    for name in ("gpu_images_per_s", "price_per_hour", "price_per_1000_gets", "price_per_1000_puts", "num_gpus"):
+        with pytest.raises(ConfigurationError, match=f"--{name.replace('_', '-')} must not be negative, got -1"):
+            PlanConfig(source="a", **{name: -1})
 
 
 def test_limits_and_decoding_come_from_the_options() -> None:

@@ -129,7 +129,7 @@ def test_options_reach_the_config() -> None:
     assert isinstance(config, CaptionConfig)
     assert (config.source, config.output, config.model) == ("in", "out", "None")
     assert (config.beam_size, config.length_penalty, config.max_length) == (5, 0.5, None)
-    assert (config.report, config.all_files, config.gpus_per_actor) == (False, True, 0.25)
+    assert (config.report, config.selection.all_files, config.gpus_per_actor) == (False, True, 0.25)
     assert (config.s3.endpoint_url, config.s3.path_style, config.s3.profile) == ("http://minio:9000", True, None)
 
 

@@ -1,10 +1,9 @@
-"""Exactly one row for every manifest row: chunk files, the check, the final files."""
+"""Exactly one row for every manifest row: chunk files, the check, the final files, in the first round and later."""
 
 from __future__ import annotations
 
 import io
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,27 @@ import pyarrow.parquet as pq
 import pytest
 
 from raycap.bulk import commit
-from raycap.bulk.commit import Tally, chunks_of_parts, commit_chunk, delete_parts, finish_part, missing_chunks, tally
-from raycap.bulk.layout import CHUNK_ROWS, CHUNKS_PREFIX, chunk_key, chunk_rows, num_chunks, part_key
+from raycap.bulk.commit import (
+    CHUNK_COLUMNS,
+    Tally,
+    commit_chunk,
+    delete_parts,
+    missing_chunks,
+    plan_parts,
+    tally,
+    write_part,
+)
+from raycap.bulk.layout import CHUNK_ROWS, Round, num_chunks, part_key
+from raycap.bulk.listing import list_again, make_manifest
+from raycap.bulk.manifest import Manifest, ManifestReader
+from raycap.bulk.previous import Previous
 from raycap.bulk.rows import OUTPUT_SCHEMA, STAGES
 from raycap.errors import StorageError
 from raycap.storage import LocalStore
+from tests.outputs import FakeSource, captioned, commit_all, join, numbered
 
 NUM_ROWS = 2 * CHUNK_ROWS + 10
+FIRST, SECOND = Round(0), Round(1)
 
 
 @pytest.fixture
@@ -27,132 +40,105 @@ def output(tmp_path: Path) -> LocalStore:
     return LocalStore(str(tmp_path))
 
 
-def row(row_id: int, **changes: Any) -> dict[str, Any]:
-    good: dict[str, Any] = {
-        "row_id": row_id,
-        "uri": f"/images/{row_id}\n%20 ü.jpg",
-        "key": f"{row_id}\n%20 ü.jpg",
-        "etag": "e",
-        "size": 10,
-        "status": "ok",
-        "error_code": None,
-        "error": None,
-        "caption": f"a picture of {row_id}",
-        "log_prob": -1.0,
-        "alternatives": [{"caption": "another", "log_prob": -2.0}],
-        "width": 4,
-        "height": 3,
-        "model_id": "m",
-        "captioned_at": datetime(2026, 1, 1, tzinfo=UTC),
-    }
-    return good | dict.fromkeys(STAGES, 0.5) | changes
+@pytest.fixture
+def manifest(output: LocalStore) -> Manifest:
+    return make_manifest(FakeSource(numbered(NUM_ROWS)), output, FIRST)
 
 
-def failed(row_id: int, code: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(("caption", "log_prob", "alternatives", "width", "height"))
-    return row(row_id, status="failed", error_code=code, error=f"{code} at {row_id}", **nothing)
-
-
-def table(rows: list[dict[str, Any]]) -> pa.Table:
-    stages = [pa.field(name, pa.float64()) for name in STAGES]
-    return pa.Table.from_pylist(rows, pa.schema([*OUTPUT_SCHEMA, *stages]))
-
-
-def chunk_table(chunk: int, num_rows: int = NUM_ROWS) -> pa.Table:
-    return table([row(row_id) for row_id in chunk_rows(chunk, num_rows)])
-
-
-def commit_all(output: LocalStore, num_rows: int = NUM_ROWS) -> None:
-    for chunk in range(num_chunks(num_rows)):
-        assert commit_chunk(chunk_table(chunk, num_rows), output, num_rows) == chunk
+def chunk_table(output: LocalStore, manifest: Manifest, chunk: int) -> pa.Table:
+    return captioned(ManifestReader(output, manifest).chunk(chunk))
 
 
 def read(output: LocalStore, key: str) -> pa.Table:
     return pq.read_table(io.BytesIO(output.read(key)))
 
 
-def test_chunk_file_is_named_by_its_rows(output: LocalStore) -> None:
-    assert commit_chunk(chunk_table(1), output, NUM_ROWS) == 1
-    assert [info.key for info in output.list()] == [chunk_key(1)]
-    assert read(output, chunk_key(1)).schema.names == [*OUTPUT_SCHEMA.names, *STAGES]
+def rows_of(output: LocalStore) -> list[dict[str, Any]]:
+    keys = sorted(info.key for info in output.list("captions/"))
+    return pa.concat_tables([read(output, key) for key in keys]).to_pylist()
 
 
-def test_chunk_that_is_done_twice_is_one_file(output: LocalStore) -> None:
-    commit_chunk(chunk_table(2), output, NUM_ROWS)
-    commit_chunk(chunk_table(2), output, NUM_ROWS)
-    assert [info.key for info in output.list()] == [chunk_key(2)]
-    assert read(output, chunk_key(2)).num_rows == 10
+def test_chunk_file_is_named_by_its_place(output: LocalStore, manifest: Manifest) -> None:
+    for _ in range(2):  # a chunk that is done twice is one file
+        assert commit_chunk(chunk_table(output, manifest, 1), output, manifest) == 1
+        assert [info.key for info in output.list(FIRST.chunks)] == [FIRST.chunk(1)]
+    assert read(output, FIRST.chunk(1)).schema.names == CHUNK_COLUMNS
 
 
-def test_commit_refuses_lost_doubled_and_shuffled_rows(output: LocalStore) -> None:
-    whole = chunk_table(1)
+def test_commit_refuses_lost_doubled_and_shuffled_rows(output: LocalStore, manifest: Manifest) -> None:
+    whole = chunk_table(output, manifest, 1)
     broken = {
         "the last is lost": whole.slice(0, CHUNK_ROWS - 1),
         "one inside is lost": pa.concat_tables([whole.slice(0, 5), whole.slice(6)]),
         "one is doubled": pa.concat_tables([whole.slice(0, 6), whole.slice(5)]),
         "one is replaced by its neighbour": whole.take([0, 0, *range(2, CHUNK_ROWS)]),
         "order": whole.take([0, 2, 1, *range(3, CHUNK_ROWS)]),
-        "two chunks": pa.concat_tables([whole, chunk_table(2)]),
-        "past the end": table([row(row_id) for row_id in range(2 * CHUNK_ROWS, 3 * CHUNK_ROWS)]),
+        "two chunks": pa.concat_tables([whole, chunk_table(output, manifest, 2)]),
     }
     for name, rows in broken.items():
         with pytest.raises(AssertionError, match="rows lost or doubled"):
-            commit_chunk(rows, output, NUM_ROWS)
-        assert list(output.list()) == [], name
+            commit_chunk(rows, output, manifest)
+        assert list(output.list(FIRST.chunks)) == [], name
 
 
-def test_missing_chunks(output: LocalStore) -> None:
-    Path(output.location).mkdir(exist_ok=True)
-    assert missing_chunks(output, NUM_ROWS).tolist() == [0, 1, 2]
-    commit_chunk(chunk_table(1), output, NUM_ROWS)
-    assert missing_chunks(output, NUM_ROWS).tolist() == [0, 2]
-    commit_all(output)
-    assert missing_chunks(output, NUM_ROWS).tolist() == []
+def test_missing_chunks(output: LocalStore, manifest: Manifest) -> None:
+    assert missing_chunks(output, manifest).tolist() == [0, 1, 2]
+    commit_chunk(chunk_table(output, manifest, 1), output, manifest)
+    assert missing_chunks(output, manifest).tolist() == [0, 2]
+    commit_all(output, manifest)
+    assert missing_chunks(output, manifest).tolist() == []
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".DS_Store", "00000001.parquet.bak", "00000099.parquet", "-1.parquet"])
-def test_other_files_among_the_chunks_do_not_matter(output: LocalStore, name: str) -> None:
-    output.write(f"{CHUNKS_PREFIX}{name}", b"")
-    assert missing_chunks(output, NUM_ROWS).tolist() == [0, 1, 2]
+def test_other_files_among_the_chunks_do_not_matter(output: LocalStore, manifest: Manifest, name: str) -> None:
+    output.write(f"{FIRST.chunks}{name}", b"")
+    assert missing_chunks(output, manifest).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("num_rows", [1, CHUNK_ROWS, NUM_ROWS, 7 * CHUNK_ROWS])
-@pytest.mark.parametrize("rows_per_file", [1, CHUNK_ROWS, 3 * CHUNK_ROWS - 1, 10**9])
-def test_parts_take_every_chunk_once(num_rows: int, rows_per_file: int) -> None:
-    parts = chunks_of_parts(num_rows, rows_per_file)
+@pytest.mark.parametrize("bytes_per_file", [1, 10_000, 25_000, 10**9])
+def test_parts_take_every_chunk_once(output: LocalStore, num_rows: int, bytes_per_file: int) -> None:
+    manifest = make_manifest(FakeSource(numbered(num_rows)), output, FIRST)
+    commit_all(output, manifest)
+    parts = plan_parts(output, manifest, bytes_per_file)
     assert [chunk for part in parts for chunk in part] == list(range(num_chunks(num_rows)))
-    assert all(len(part) * CHUNK_ROWS <= max(rows_per_file, CHUNK_ROWS) for part in parts)
+    join(output, manifest, bytes_per_file)
+    for number, part in enumerate(parts):
+        size = len(output.read(part_key(number)))
+        assert len(part) == 1 or size < 1.5 * bytes_per_file
+    assert len(parts) == 1 or len(output.read(part_key(0))) > bytes_per_file / 3 or len(parts[0]) == 1
 
 
-def test_parts_join_the_chunks_in_order(output: LocalStore) -> None:
-    commit_all(output)
-    total = Tally()
-    for part, chunks in enumerate(chunks_of_parts(NUM_ROWS, 2 * CHUNK_ROWS)):
-        total.add(finish_part(output, part, chunks, NUM_ROWS))
-    parts = [read(output, part_key(part)) for part in range(2)]
-    assert [part.num_rows for part in parts] == [2 * CHUNK_ROWS, 10]
+def test_parts_join_the_chunks_in_order(output: LocalStore, manifest: Manifest) -> None:
+    commit_all(output, manifest)
+    total = join(output, manifest, 5000)
+    parts = [read(output, info.key) for info in output.list("captions/")]
+    assert len(parts) == 3
     assert all(part.schema.equals(OUTPUT_SCHEMA) for part in parts)
-    assert pa.concat_tables(parts).to_pylist() == [
-        {name: row(row_id)[name] for name in OUTPUT_SCHEMA.names} for row_id in range(NUM_ROWS)
-    ]
+    chunks = [chunk_table(output, manifest, chunk).select(OUTPUT_SCHEMA.names) for chunk in range(3)]
+    assert rows_of(output) == pa.concat_tables(chunks).to_pylist()
     assert total.num_rows == NUM_ROWS
 
 
-def test_row_groups_are_larger_than_chunks(output: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_are_larger_than_chunks(
+    output: LocalStore, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(commit, "CHUNKS_PER_ROW_GROUP", 2)
-    commit_all(output)
-    finish_part(output, 0, range(3), NUM_ROWS)
+    commit_all(output, manifest)
+    write_part(output, 0, range(3), manifest)
     metadata = pq.ParquetFile(io.BytesIO(output.read(part_key(0)))).metadata
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [2 * CHUNK_ROWS, 10]
 
 
-def test_changed_chunk_files_are_refused(output: LocalStore) -> None:
+def test_changed_chunk_files_are_refused(output: LocalStore, manifest: Manifest) -> None:
+    key, good, others = FIRST.chunk(1), chunk_table(output, manifest, 1), chunk_table(output, manifest, 0)
+
     def refused(data: bytes | None, message: str) -> None:
-        commit_all(output)
-        output.delete(chunk_key(1)) if data is None else output.write(chunk_key(1), data)
+        commit_all(output, manifest)
+        output.delete(key) if data is None else output.write(key, data)
         with pytest.raises(StorageError, match=message) as raised:
-            finish_part(output, 0, range(3), NUM_ROWS)
-        assert output.uri(chunk_key(1)) in str(raised.value)
+            write_part(output, 0, range(3), manifest)
+        assert output.uri(key) in str(raised.value)
         assert "run the same command again" in str(raised.value)
         assert not output.exists(part_key(0))
 
@@ -161,11 +147,13 @@ def test_changed_chunk_files_are_refused(output: LocalStore) -> None:
         pq.write_table(rows, sink)
         return sink.getvalue()
 
-    refused(written(chunk_table(1).slice(1)), "was changed")
-    refused(written(chunk_table(0)), "was changed")
-    refused(written(chunk_table(1).drop_columns(["caption"])), "was changed")
+    renamed = good.set_column(good.schema.get_field_index("uri"), "uri", others["uri"])
+    refused(written(good.slice(1)), "was changed")
+    refused(written(others), "was changed")
+    refused(written(renamed), "was changed")  # the captions of other objects
+    refused(written(good.drop_columns(["caption"])), "was changed")
     refused(written(pa.table({"x": [1]})), "was changed")
-    refused(written(chunk_table(1))[:-20], "not a Parquet file")
+    refused(written(good)[:-20], "not a Parquet file")
     refused(b"", "not a Parquet file")
     refused(None, "has gone")
 
@@ -180,13 +168,133 @@ def test_parts_of_an_earlier_try_are_deleted(output: LocalStore) -> None:
     assert kept == {part_key(0), part_key(1), "captions/notes.txt", "captions/part-of-speech.parquet"}
 
 
+# Later rounds
+
+
+def update(output: LocalStore, objects: dict[str, str], retry: list[str] | None = None, **settings: Any) -> Manifest:
+    manifest = make_manifest(FakeSource(objects, **settings), output, SECOND, Previous(output, retry))
+    commit_all(output, manifest, text="a newer picture")
+    return manifest
+
+
+def finished(output: LocalStore, num_rows: int = NUM_ROWS, failing: tuple[str, ...] = ()) -> None:
+    manifest = make_manifest(FakeSource(numbered(num_rows)), output, FIRST)
+    commit_all(output, manifest, failing)
+    join(output, manifest, 5000)
+
+
+@pytest.mark.parametrize("num_spans", [1, 5])
+def test_update_does_what_is_new_or_changed_and_drops_what_is_deleted(output: LocalStore, num_spans: int) -> None:
+    finished(output)
+    before = rows_of(output)
+    objects = {key: etag for key, etag in numbered(NUM_ROWS).items() if key not in ("000003.jpg", "000300.jpg")}
+    objects = {"000000-new.jpg": "n"} | objects | {"000005.jpg": "changed", "000400.jpg": "changed", "z-new.jpg": "n"}
+    manifest = update(output, objects, num_spans=num_spans)
+    assert (manifest.num_rows, manifest.num_new, manifest.num_replaced, manifest.num_deleted) == (4, 2, 2, 2)
+    assert manifest.num_total == NUM_ROWS
+    for _ in range(2):  # a join that is killed is done again
+        total = join(output, manifest)
+        assert total.num_rows == manifest.num_total
+        rows = rows_of(output)
+        assert {row["key"]: row["etag"] for row in rows} == objects
+        assert len({row["row_id"] for row in rows}) == len(rows) == len(objects)
+        assert [row["row_id"] for row in rows] == sorted(row["row_id"] for row in rows)
+        newer = {row["key"] for row in rows if row["caption"].startswith("a newer")}
+        assert newer == {"000000-new.jpg", "000005.jpg", "000400.jpg", "z-new.jpg"}
+        old = {row["key"]: row for row in before}
+        assert all(row == old[row["key"]] for row in rows if row["key"] not in newer)
+        assert all(row["row_id"] == old[row["key"]]["row_id"] for row in rows if row["key"] in old), "ids are for good"
+    gone = read(output, SECOND.deleted).to_pylist()
+    assert [row["key"] for row in gone] == ["000003.jpg", "000300.jpg"]
+
+
+def test_update_without_changes_has_nothing_to_do(output: LocalStore) -> None:
+    finished(output)
+    manifest = update(output, numbered(NUM_ROWS))
+    assert (manifest.num_rows, manifest.num_deleted, manifest.num_total) == (0, 0, NUM_ROWS)
+    assert not output.exists(SECOND.deleted)
+
+
+def test_update_to_an_empty_source_drops_everything(output: LocalStore) -> None:
+    finished(output)
+    manifest = update(output, {})
+    assert join(output, manifest).num_rows == manifest.num_total == 0
+    assert rows_of(output) == []
+
+
+def test_update_that_broke_off_starts_its_listing_again(output: LocalStore) -> None:
+    finished(output)
+    update(output, numbered(NUM_ROWS + 5000))
+    output.delete(SECOND.manifest)
+    manifest = update(output, numbered(NUM_ROWS + 3))
+    assert manifest.num_rows == manifest.num_new == 3
+
+
+@pytest.mark.parametrize(("codes", "num_retried"), [([], 2), (["fetch_failed"], 2), (["corrupt"], 0)])
+def test_failed_rows_are_tried_again(output: LocalStore, codes: list[str], num_retried: int) -> None:
+    finished(output, failing=("000007.jpg", "000511.jpg"))
+    assert sum(row["status"] == "failed" for row in rows_of(output)) == 2
+    manifest = list_again(output, SECOND, Previous(output, codes))
+    assert (manifest.num_rows, manifest.num_replaced, manifest.num_new) == (num_retried, num_retried, 0)
+    commit_all(output, manifest)
+    assert join(output, manifest).num_rows == NUM_ROWS
+    rows = rows_of(output)
+    assert [row["row_id"] for row in rows] == list(range(NUM_ROWS))
+    assert sum(row["status"] == "failed" for row in rows) == 2 - num_retried
+
+
+def test_update_can_try_failed_rows_again_too(output: LocalStore) -> None:
+    finished(output, failing=("000007.jpg",))
+    assert update(output, numbered(NUM_ROWS)).num_rows == 0
+    output.delete(SECOND.manifest)
+    assert update(output, numbered(NUM_ROWS), retry=[]).num_replaced == 1
+
+
+def test_addresses_with_the_same_half_digest_are_told_apart(
+    output: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raycap.bulk import previous
+
+    digests = previous._digests
+
+    def colliding(texts: list[str]) -> Any:
+        result = digests(texts).copy()
+        result["high"] %= 3
+        return result
+
+    monkeypatch.setattr(previous, "_digests", colliding)
+    finished(output, 50)
+    objects = numbered(52) | {"000009.jpg": "changed"}
+    del objects["000001.jpg"]
+    manifest = update(output, objects)
+    join(output, manifest)
+    assert {row["key"]: row["etag"] for row in rows_of(output)} == objects
+    assert (manifest.num_new, manifest.num_replaced, manifest.num_deleted) == (2, 1, 1)
+
+
+# Counts
+
+
+def row(row_id: int, **changes: Any) -> dict[str, Any]:
+    good = dict.fromkeys(OUTPUT_SCHEMA.names) | {"row_id": row_id, "uri": f"/images/{row_id}.jpg", "size": 10}
+    return good | {"status": "ok"} | dict.fromkeys(STAGES, 0.5) | changes
+
+
+def failed(row_id: int, code: str) -> dict[str, Any]:
+    return row(row_id, status="failed", error_code=code, error=f"{code} at {row_id}")
+
+
+def table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, pa.schema([*OUTPUT_SCHEMA, *(pa.field(name, pa.float64()) for name in STAGES)]))
+
+
 def test_tally_counts_rows_errors_bytes_and_seconds() -> None:
-    skipped = failed(3, "other_suffix") | {"status": "skipped"}
+    skipped = failed(3, "other_suffix") | {"status": "skipped", "size": None}
     counted = tally(table([row(0), failed(1, "corrupt"), failed(2, "corrupt"), skipped, row(4, size=2**40)]))
     assert counted.num_rows == 5
     assert counted.to_dict() == {
         "num_objects": 5,
-        "num_bytes": 40 + 2**40,
+        "num_bytes": 30 + 2**40,
         "counts": {"ok": 2, "failed": 2, "skipped": 1},
         "errors": [
             {"code": "corrupt", "count": 2, "example_uri": row(1)["uri"], "example_error": "corrupt at 1"},

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from raycap.bulk.manifest import SCHEMA
+from raycap.bulk.manifest import WORK_SCHEMA
 from raycap.bulk.rows import (
     FAILED,
     OK,
@@ -66,20 +66,20 @@ class FakeCaptioner:
         return FakeCaption(mean, -1.5, (FakeAlternative(f"not {mean}", -2.5),))
 
 
-def fetcher(source: Store, *, all_files: bool = True, requests_in_flight: int = 4) -> Fetcher:
+def fetcher(source: Store, *, requests_in_flight: int = 4) -> Fetcher:
     return Fetcher(
-        source=source,
+        reader=source,
+        reads_by="key",
         preprocessing=PREPROCESSING,
         limits=ImageLimits(),
         requests_in_flight=requests_in_flight,
-        all_files=all_files,
     )
 
 
-def manifest_of(keys: Sequence[str]) -> pa.Table:
-    size = len(keys)
-    columns = {"row_id": range(size), "uri": [f"/{key}" for key in keys], "key": keys, "etag": keys, "size": [1] * size}
-    return pa.table(columns, schema=SCHEMA)
+def manifest_of(keys: Sequence[str], skip: str | None = None, size: int | None = 1) -> pa.Table:
+    num = len(keys)
+    columns = {"position": range(num), "row_id": range(num), "uri": [f"/{key}" for key in keys], "key": keys}
+    return pa.table(columns | {"etag": keys, "size": [size] * num, "skip": [skip] * num}, schema=WORK_SCHEMA)
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> LocalStore:
@@ -123,40 +123,28 @@ def test_pixels_are_those_of_the_one_preprocessing(hostile: LocalStore) -> None:
         assert np.array_equal(pixels_HWC, expected), key
 
 
-@pytest.mark.parametrize(
-    ("key", "tried"),
-    [
-        ("a.jpg", True),
-        ("a.JPEG", True),
-        ("a.tif", True),
-        ("no-suffix", True),
-        ("folder.txt/no-suffix", True),
-        (".hidden", True),
-        ("0123abcd.9", True),  # of digits alone: a version or a date, no kind of file
-        ("what.a long ending", True),
-        ("end.", True),
-        ("notes.txt", False),
-        ("clip.MP4", False),
-        ("photo.jpg.json", False),
-        ("captions/part-00000.parquet", False),
-        ("phone.heic", True),  # a picture that is not read: a failure, which its owner wants to hear of
-    ],
-)
-def test_what_is_tried_by_its_name(tmp_path: Path, key: str, tried: bool) -> None:
-    store = write_all(tmp_path, {key: encode(base_picture(), "PNG")})
-    row = fetcher(store, all_files=False)(manifest_of([key])).drop_columns("pixels").to_pylist()[0]
-    assert row["status"] == (OK if tried else SKIPPED)
-    assert row["error_code"] == (None if tried else "other_suffix")
-    assert tried or "--all-files" in row["error"]
-    assert fetcher(store, all_files=True)(manifest_of([key]))["status"].to_pylist() == [OK]
-
-
-def test_skipped_objects_are_not_fetched() -> None:
+def test_skipped_objects_are_not_fetched_and_say_why() -> None:
     class Untouchable(LocalStore):
         def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
             raise AssertionError(key)
 
-    assert fetcher(Untouchable("/"), all_files=False)(manifest_of(["a.txt"]))["status"].to_pylist() == [SKIPPED]
+    (row,) = fetcher(Untouchable("/"))(manifest_of(["a.txt"], skip="other_suffix")).drop_columns("pixels").to_pylist()
+    assert (row["status"], row["error_code"]) == (SKIPPED, "other_suffix")
+    assert "--all-files" in row["error"]
+
+
+def test_sizes_that_the_manifest_does_not_tell_are_filled_in(tmp_path: Path) -> None:
+    data = encode(base_picture(), "PNG")
+    rows = fetcher(write_all(tmp_path, {"a.png": data}))(manifest_of(["a.png", "gone.png"], size=None))
+    assert rows["size"].to_pylist() == [len(data), None]
+
+
+def test_objects_can_be_read_by_address(tmp_path: Path) -> None:
+    store = write_all(tmp_path, {"a.png": encode(base_picture(), "PNG")})
+    by_uri = replace(fetcher(store), reads_by="uri")
+    rows = manifest_of(["another name"])
+    rows = rows.set_column(rows.schema.get_field_index("uri"), "uri", pa.array(["a.png"]))
+    assert by_uri(rows)["status"].to_pylist() == [OK]
 
 
 def test_object_that_has_gone_since_the_listing(tmp_path: Path) -> None:
@@ -168,7 +156,7 @@ def test_limits_are_kept(tmp_path: Path) -> None:
     data = encode(base_picture(), "PNG")
     store = write_all(tmp_path, {"a.png": data})
     for limits in (ImageLimits(max_bytes=len(data) - 1), ImageLimits(max_pixels=100)):
-        small = Fetcher(source=store, preprocessing=PREPROCESSING, limits=limits, requests_in_flight=1, all_files=True)
+        small = replace(fetcher(store), limits=limits)
         assert small(manifest_of(["a.png"]))["error_code"].to_pylist() == ["too_large"]
 
 
@@ -312,7 +300,7 @@ def test_chunk_without_a_single_image(tmp_path: Path) -> None:
 
 def test_columns_are_those_of_the_output(hostile: LocalStore) -> None:
     rows, _, _ = captioned(fetcher(hostile)(manifest_of(["plain.jpg", "empty.jpg"])))
-    assert set(rows.schema.names) == {*OUTPUT_SCHEMA.names, *STAGES}
+    assert set(rows.schema.names) == {"position", *OUTPUT_SCHEMA.names, *STAGES}
     assert rows.select(OUTPUT_SCHEMA.names).schema.equals(OUTPUT_SCHEMA)
 
 

@@ -7,13 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 
@@ -33,6 +28,7 @@ from raycap.storage import (
     ObjectInfo,
     S3Options,
     S3Store,
+    Span,
     Store,
     is_s3,
     open_store,
@@ -40,6 +36,7 @@ from raycap.storage import (
     write_bytes,
 )
 from raycap.storage.client import _session_and_address, s3_client
+from tests.answering import Answer, answering, s3_error
 
 ACCESS_KEY = "AKIATESTACCESSKEY"
 SECRET_KEY = "very-secret-key-of-the-tests"
@@ -119,6 +116,7 @@ def test_a_password_in_an_address_is_not_repeated() -> None:
         {"connect_timeout_s": 0},
         {"read_timeout_s": -1},
         {"max_attempts": 0},
+        {"max_outage_s": -1},
     ],
 )
 def test_options_are_checked(settings: dict[str, Any]) -> None:
@@ -162,7 +160,8 @@ def test_local_keys_come_in_byte_order_like_those_of_s3(tmp_path: Path) -> None:
     assert keys(store, "x/a/") == wanted[5:7]
     assert keys(store, "nothing/here/") == []
     assert keys(store, "../") == []
-    assert [each if isinstance(each, str) else each.key for each in store.list_level("x/")] == ["x/a-b", "x/a/", "x/a0"]
+    level = Span("x/", level=True)
+    assert [info.key for info in store.list_span(level)] == ["x/a-b", "x/a0"]
 
 
 def test_local_links_are_followed_but_never_round(tmp_path: Path) -> None:
@@ -327,58 +326,8 @@ def test_whole_files_by_their_path(tmp_path: Path) -> None:
 
 # S3: a local HTTP server answers with what the test says
 
-Answer = tuple[int, dict[str, str], bytes]
 GOOD_LISTING = b'<?xml version="1.0"?><ListBucketResult><Name>bucket</Name><KeyCount>0</KeyCount></ListBucketResult>'
 WEB_PAGE = b"<html><head><title>Sign in</title></head><body>Welcome</body></html>"
-
-
-def s3_error(code: str, message: str = "") -> bytes:
-    return f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
-
-
-class Answering:
-    """Answers request n with what `answer(n, method, path)` returns; Content-Length is the body's unless given."""
-
-    def __init__(self, answer: Callable[[int, str, str], Answer]) -> None:
-        self.answer = answer
-        self.requests: list[tuple[str, str]] = []
-        self.endpoint_url = ""
-
-
-@contextmanager
-def answering(answer: Callable[[int, str, str], Answer]) -> Iterator[Answering]:
-    state = Answering(answer)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # with it comes the "100 Continue" that uploads wait for
-
-        def handle_any(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            state.requests.append((self.command, self.path))
-            status, headers, body = state.answer(len(state.requests), self.command, unquote(self.path))
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(body)), "Connection": "close"} | headers).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-            self.close_connection = True
-
-        do_GET = do_PUT = do_HEAD = do_DELETE = handle_any
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    state.endpoint_url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield state
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture
@@ -394,8 +343,9 @@ def instant_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("random.uniform", lambda *_: 0.0)
 
 
-def s3_store(endpoint_url: str, location: str = "s3://bucket/", **settings: Any) -> Store:
-    return open_store(location, S3Options(endpoint_url=endpoint_url, **settings))
+def s3_store(endpoint_url: str, location: str = "s3://bucket/", *, max_outage_s: float = 0.0, **settings: Any) -> Store:
+    """Without patience: test_storage_patience.py is about that."""
+    return open_store(location, S3Options(endpoint_url=endpoint_url, max_outage_s=max_outage_s, **settings))
 
 
 @pytest.mark.usefixtures("s3_keys", "instant_retries")
@@ -560,7 +510,7 @@ class TestS3Failures:
                 assert not store.exists(key)
             assert server.requests == []
 
-    def test_folder_markers_and_foreign_keys_are_not_listed(self) -> None:
+    def test_foreign_keys_and_the_marker_of_the_root_are_not_listed(self) -> None:
         contents = "".join(
             f'<Contents><Key>{key}</Key><Size>{size}</Size><ETag>"e"</ETag></Contents>'
             for key, size in [
@@ -575,7 +525,11 @@ class TestS3Failures:
         listing = f"<ListBucketResult><Name>bucket</Name>{contents}</ListBucketResult>".encode()
         with answering(lambda *_: (200, {}, listing)) as server:
             infos = list(s3_store(server.endpoint_url, "s3://bucket/p/").list())
-        assert infos == [ObjectInfo("full/", "s3://bucket/p/full/", 5, "e"), ObjectInfo("x", "s3://bucket/p/x", 1, "e")]
+        assert [(info.key, info.uri, info.size) for info in infos] == [
+            ("a/", "s3://bucket/p/a/", 0),
+            ("full/", "s3://bucket/p/full/", 5),
+            ("x", "s3://bucket/p/x", 1),
+        ]
 
 
 @pytest.mark.usefixtures("no_aws_settings")

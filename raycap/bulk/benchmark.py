@@ -19,7 +19,7 @@ from rich.table import Table
 
 import raycap
 from raycap.bulk.config import BenchmarkConfig, CaptionConfig
-from raycap.bulk.on_ray import caption
+from raycap.bulk.run import caption
 from raycap.errors import ConfigurationError, ObjectError
 from raycap.model.captioner import Captioner
 from raycap.storage import Store, open_store, write_bytes

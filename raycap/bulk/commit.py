@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raycap.bulk.layout import CAPTIONS_PREFIX, CHUNK_ROWS, CHUNKS_PREFIX, chunk_key, chunk_rows, num_chunks, part_key
+from raycap.bulk.layout import CHUNK_ROWS, Round, chunk_rows, num_chunks, part_key, part_number
+from raycap.bulk.manifest import Manifest, ManifestReader
+from raycap.bulk.previous import part_keys, read_part
 from raycap.bulk.rows import OUTPUT_SCHEMA, STAGES
 from raycap.errors import ObjectError, ObjectNotFoundError, StorageError
 from raycap.storage import Store
@@ -25,29 +26,28 @@ from raycap.storage import Store
 CHUNKS_PER_ROW_GROUP = 64
 """Chunks in each row group of the final files, 16,384 rows: what a reader decodes at a time."""
 
-_CHUNK_NAME = re.compile(r"(\d{8,})\.parquet")
-_PART_NAME = re.compile(r"part-\d{5,}\.parquet")
+CHUNK_COLUMNS = ["position", *OUTPUT_SCHEMA.names, *STAGES]
+"""Of the chunk files."""
 
 
-def commit_chunk(rows: pa.Table, output: Store, num_rows: int) -> int:
+def commit_chunk(rows: pa.Table, output: Store, manifest: Manifest) -> int:
     """Write the captions of one chunk; returns its number. Asserts that its rows are all there, and in order."""
-    row_ids = rows["row_id"].to_numpy()
-    chunk = int(row_ids[0]) // CHUNK_ROWS
-    expected = chunk_rows(chunk, num_rows)
-    assert np.array_equal(row_ids, np.arange(expected.start, expected.stop)), f"chunk {chunk}: rows lost or doubled"
-    sink = io.BytesIO()
-    pq.write_table(rows.select([*OUTPUT_SCHEMA.names, *STAGES]), sink, compression="zstd")
-    output.write(chunk_key(chunk), sink.getvalue())
+    positions = rows["position"].to_numpy()
+    chunk = int(positions[0]) // CHUNK_ROWS
+    expected = chunk_rows(chunk, manifest.num_rows)
+    assert np.array_equal(positions, np.arange(expected.start, expected.stop)), f"chunk {chunk}: rows lost or doubled"
+    output.write(Round(manifest.round).chunk(chunk), _parquet(rows.select(CHUNK_COLUMNS)))
     return chunk
 
 
-def missing_chunks(output: Store, num_rows: int) -> np.ndarray:
+def missing_chunks(output: Store, manifest: Manifest) -> np.ndarray:
     """Numbers of the chunks without a file, int64."""
-    missing = np.ones(num_chunks(num_rows), bool)
-    for info in output.list(CHUNKS_PREFIX):
-        name = _CHUNK_NAME.fullmatch(info.key.removeprefix(CHUNKS_PREFIX))
-        if name and int(name[1]) < len(missing):  # other files are nothing of ours
-            missing[int(name[1])] = False
+    round_ = Round(manifest.round)
+    missing = np.ones(num_chunks(manifest.num_rows), bool)
+    for info in output.list(round_.chunks):
+        chunk = round_.chunk_number(info.key)
+        if chunk is not None and chunk < len(missing):  # other files are nothing of ours
+            missing[chunk] = False
     return np.flatnonzero(missing)
 
 
@@ -99,58 +99,111 @@ class Tally:
 
 
 def tally(rows: pa.Table) -> Tally:
-    """Count one table of output rows with their stage seconds."""
-    result = Tally(num_bytes=int(np.sum(rows["size"].to_numpy())), counts=Counter(rows["status"].to_pylist()))
+    """Count one table of output rows, with their stage seconds where it has them."""
+    result = Tally(num_bytes=pc.sum(rows["size"]).as_py() or 0, counts=Counter(rows["status"].to_pylist()))
     codes = rows["error_code"].to_pylist()
     for row, code in enumerate(codes):
         if code is not None:
             result.errors[code] += 1
             result.examples.setdefault(code, (rows["uri"][row].as_py(), rows["error"][row].as_py()))
     for name in STAGES:
-        result.stage_s[name] += float(np.sum(rows[name].to_numpy()))
+        if name in rows.column_names:
+            result.stage_s[name] += float(np.sum(rows[name].to_numpy()))
     return result
 
 
-def chunks_of_parts(num_rows: int, rows_per_file: int) -> list[range]:
-    """The chunks that go into each output file: whole chunks, about `rows_per_file` rows."""
-    total, per_part = num_chunks(num_rows), max(1, rows_per_file // CHUNK_ROWS)
+def plan_parts(output: Store, manifest: Manifest, bytes_per_file: int) -> list[range]:
+    """The chunks whose new rows go into each new output file: whole chunks, about `bytes_per_file` bytes."""
+    if not manifest.num_new:
+        return []
+    total = num_chunks(manifest.num_rows)
+    per_part = max(1, int(bytes_per_file / _bytes_per_chunk(output, manifest)))
+    if per_part > CHUNKS_PER_ROW_GROUP:
+        per_part -= per_part % CHUNKS_PER_ROW_GROUP
     return [range(start, min(start + per_part, total)) for start in range(0, total, per_part)]
+
+
+def _bytes_per_chunk(output: Store, manifest: Manifest) -> float:
+    """Bytes of a chunk inside an output file, by the first row group."""
+    chunks = range(min(CHUNKS_PER_ROW_GROUP, num_chunks(manifest.num_rows)))
+    reader = ManifestReader(output, manifest)
+    rows = pa.concat_tables([read_chunk(output, chunk, reader) for chunk in chunks])
+    return len(_parquet(rows.select(OUTPUT_SCHEMA.names))) / len(chunks)
+
+
+def _parquet(rows: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(rows, sink, compression="zstd", row_group_size=CHUNKS_PER_ROW_GROUP * CHUNK_ROWS)
+    return sink.getvalue()
 
 
 def delete_parts(output: Store, num_parts: int) -> None:
     """Delete final files past the first `num_parts`: an earlier try with fewer rows in each file may have left them."""
-    expected = {part_key(part) for part in range(num_parts)}
-    stale = [
-        info.key
-        for info in output.list(CAPTIONS_PREFIX)
-        if info.key not in expected and _PART_NAME.fullmatch(info.key.removeprefix(CAPTIONS_PREFIX))
-    ]
-    for key in stale:
-        output.delete(key)
+    for key in part_keys(output):
+        number = part_number(key)
+        if number is not None and number >= num_parts:
+            output.delete(key)
 
 
-def finish_part(output: Store, part: int, chunks: Iterable[int], num_rows: int) -> Tally:
-    """Join chunk files into one output file, in order. Raises StorageError if a chunk is not whole."""
+def write_part(output: Store, part: int, chunks: range, manifest: Manifest) -> Tally:
+    """Join the new rows of some chunks into one output file, in order. Raises StorageError if a chunk is not whole."""
     total = Tally()
     sink = io.BytesIO()
+    reader = ManifestReader(output, manifest)
     with pq.ParquetWriter(sink, OUTPUT_SCHEMA, compression="zstd") as writer:
-        for group in _groups(chunks):
-            tables = [_read_chunk(output, chunk, num_rows) for chunk in group]
-            for rows in tables:
-                total.add(tally(rows))
-            writer.write_table(pa.concat_tables(tables).select(OUTPUT_SCHEMA.names))
+        for start in range(chunks.start, chunks.stop, CHUNKS_PER_ROW_GROUP):
+            group = range(start, min(start + CHUNKS_PER_ROW_GROUP, chunks.stop))
+            tables = [read_chunk(output, chunk, reader) for chunk in group]
+            rows = pa.concat_tables(tables)
+            rows = rows.filter(pc.greater_equal(rows["row_id"], manifest.first_row_id))
+            total.add(tally(rows))
+            writer.write_table(rows.select(OUTPUT_SCHEMA.names))
     output.write(part_key(part), sink.getvalue())
     return total
 
 
-def _groups(chunks: Iterable[int]) -> Iterator[list[int]]:
-    remaining = list(chunks)
-    for start in range(0, len(remaining), CHUNKS_PER_ROW_GROUP):
-        yield remaining[start : start + CHUNKS_PER_ROW_GROUP]
+def chunks_of_old_parts(output: Store, manifest: Manifest) -> list[list[int]]:
+    """For each file of earlier rounds, the chunks that may hold rows of it that this round did again."""
+    ranges = np.tile(np.array([0, -1], np.int64), (num_chunks(manifest.num_rows), 1))
+    if manifest.num_replaced:
+        reader = ManifestReader(output, manifest)
+        for chunk in range(len(ranges)):
+            ids = reader.chunk(chunk)["row_id"].to_numpy()
+            ids = ids[ids < manifest.first_row_id]
+            if len(ids):
+                ranges[chunk] = ids.min(), ids.max()
+    return [np.flatnonzero((ranges[:, 0] <= last) & (ranges[:, 1] >= first)).tolist() for first, last in manifest.parts]
 
 
-def _read_chunk(output: Store, chunk: int, num_rows: int) -> pa.Table:
-    key, expected = chunk_key(chunk), chunk_rows(chunk, num_rows)
+def renew_part(output: Store, part: int, chunks: list[int], deleted: np.ndarray, manifest: Manifest) -> Tally:
+    """Bring one file of earlier rounds up to date: rows that this round did again, without those of deleted objects.
+
+    `chunks` are those that may hold rows of it, `deleted` sorted row ids. Doing it twice gives the same file.
+    Raises StorageError if a chunk is not whole.
+    """
+    first, last = manifest.parts[part]
+    before = read_part(output, part_key(part))
+    reader = ManifestReader(output, manifest)
+    new = [read_chunk(output, chunk, reader) for chunk in chunks]
+    new = [
+        rows.filter(pc.and_(pc.greater_equal(rows["row_id"], first), pc.less_equal(rows["row_id"], last)))
+        for rows in new
+    ]
+    renewed = pa.concat_tables(new) if new else None
+    gone = deleted if renewed is None else np.concatenate([deleted, renewed["row_id"].to_numpy()])
+    rows = before.filter(pa.array(~np.isin(before["row_id"].to_numpy(), gone)))
+    result = tally(rows)
+    if renewed is not None and renewed.num_rows:
+        result.add(tally(renewed))
+        rows = pa.concat_tables([rows, renewed.select(OUTPUT_SCHEMA.names)]).sort_by("row_id")
+    if not rows.equals(before):
+        output.write(part_key(part), _parquet(rows))
+    return result
+
+
+def read_chunk(output: Store, chunk: int, manifest: ManifestReader) -> pa.Table:
+    """The captions of one finished chunk. Raises StorageError unless they are those of the manifest's rows."""
+    key = Round(manifest.manifest.round).chunk(chunk)
     advice = "delete it and run the same command again"
     try:
         rows = pq.read_table(io.BytesIO(output.read(key)))
@@ -158,9 +211,11 @@ def _read_chunk(output: Store, chunk: int, num_rows: int) -> pa.Table:
         raise StorageError(f"{output.uri(key)} has gone; run the same command again") from error
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{output.uri(key)}: not a Parquet file any more; {advice}") from error
-    if rows.schema.names != [*OUTPUT_SCHEMA.names, *STAGES] or not np.array_equal(
-        rows["row_id"].to_numpy(), np.arange(expected.start, expected.stop)
-    ):
+    expected = manifest.chunk(chunk)
+    same = rows.schema.names == CHUNK_COLUMNS and all(
+        rows[name].equals(expected[name]) for name in ("position", "row_id", "uri")
+    )
+    if not same:
         raise StorageError(f"{output.uri(key)} was changed; {advice}")
     return rows
 

@@ -1,31 +1,40 @@
-"""The manifest: every object of the source, numbered once, before anything is captioned.
+"""The manifest of a round: the objects that it captions, in an order that is decided before anything is captioned.
+
+    listing.py makes it, in shards; `ManifestReader` gives its chunks
 
 Knows nothing of Ray or torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import logging
-import os
-from collections.abc import Iterator
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raycap.bulk.layout import CHUNK_ROWS, CHUNKS_PER_SHARD, CHUNKS_PREFIX, MANIFEST, chunk_rows, shard_key
-from raycap.errors import NotFoundError, ObjectNotFoundError, StorageError
-from raycap.storage import ObjectInfo, Store, is_s3
+from raycap.bulk.layout import SHARD_ROWS, Round, chunk_rows
+from raycap.errors import ObjectError, StorageError
+from raycap.storage import Store
 
-log = logging.getLogger(__name__)
-
-SCHEMA = pa.schema(
-    [("row_id", pa.int64()), ("uri", pa.string()), ("key", pa.string()), ("etag", pa.string()), ("size", pa.int64())]
-)
-LOG_EVERY_ROWS = 100_000
+_OBJECT = [
+    ("uri", pa.string()),
+    ("key", pa.string()),
+    ("etag", pa.string()),
+    ("size", pa.int64()),
+    ("skip", pa.string()),
+]
+SHARD_SCHEMA = pa.schema([("replaces", pa.int64()), *_OBJECT])
+"""Of the files. `replaces`: id of the row of an earlier round that this one takes the place of; null for new objects.
+`size` is null where a manifest file does not tell it; `skip` is why the object is not tried."""
+WORK_SCHEMA = pa.schema([("position", pa.int64()), ("row_id", pa.int64()), *_OBJECT])
+"""Of `ManifestReader.chunk`. `position` counts the rows of this manifest; `row_id` is the number of the row in the
+output, for good."""
 _START_OVER = "choose another output, or delete this one and start over"
 
 
@@ -33,96 +42,105 @@ _START_OVER = "choose another output, or delete this one and start over"
 class Manifest:
     """A complete manifest."""
 
-    num_rows: int
+    round: int
+    span_rows: tuple[int, ...]
+    """Rows of each part of the listing."""
     num_bytes: int
+    """Of all objects whose size is known."""
+    num_filtered: int
+    """Objects of the source that the selection left out."""
     fingerprint: str
-    """Digest of all keys and etags, in order."""
+    """Digest of all addresses and etags, in order."""
+    first_row_id: int = 0
+    """New rows are numbered from here."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """First and last row id of each file in captions/ that earlier rounds left."""
+    num_before: int = 0
+    """Rows of earlier rounds."""
+    num_replaced: int = 0
+    """Of these, rows that this round does again."""
+    num_deleted: int = 0
+    """Of these, rows whose object has gone."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows to do in this round."""
+        return sum(self.span_rows)
+
+    @property
+    def num_new(self) -> int:
+        """Rows that no earlier round had."""
+        return self.num_rows - self.num_replaced
+
+    @property
+    def num_total(self) -> int:
+        """Rows of the output when this round is done."""
+        return self.num_before - self.num_deleted + self.num_new
 
 
-def open_manifest(source: Store, output: Store) -> Manifest:
-    """The manifest of this output; made from a listing of the source if it is not there or not complete.
-
-    Rows are streamed into shards of a few thousand, so memory does not grow with the source.
-    Raises NotFoundError if the source holds no objects.
-    """
-    if output.exists(MANIFEST):
-        return _read_manifest(output)
-    digest, num_rows, num_bytes = hashlib.sha256(), 0, 0
-    objects = _without_output(source, output)
-    for shard, infos in enumerate(_groups(objects, CHUNK_ROWS * CHUNKS_PER_SHARD)):
-        output.write(shard_key(shard), _shard(infos, first_row=num_rows))
-        for info in infos:
-            digest.update(f"{info.key}\0{info.etag}\0".encode(errors="surrogatepass"))
-        num_rows += len(infos)
-        num_bytes += sum(info.size for info in infos)
-        if num_rows // LOG_EVERY_ROWS > (num_rows - len(infos)) // LOG_EVERY_ROWS:
-            log.info("listing %s: %d objects so far", source.location, num_rows)
-    if num_rows == 0:
-        raise NotFoundError(f"{source.location}: there are no objects here; check the path or prefix")
-    manifest = Manifest(num_rows=num_rows, num_bytes=num_bytes, fingerprint=digest.hexdigest()[:20])
-    for info in output.list(CHUNKS_PREFIX):  # of an earlier manifest that somebody deleted: other objects
-        output.delete(info.key)
-    output.write(MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-    return manifest
+def save_manifest(output: Store, manifest: Manifest) -> None:
+    """Say that the manifest of this round is complete."""
+    output.write(Round(manifest.round).manifest, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
 
 
-def _read_manifest(output: Store) -> Manifest:
+def load_manifest(output: Store, round_: Round) -> Manifest | None:
+    """The manifest of this round; None where it is not complete yet. Raises StorageError if it was changed."""
     try:
-        return Manifest(**json.loads(output.read(MANIFEST)))
-    except (ValueError, TypeError) as error:
-        raise StorageError(f"{output.uri(MANIFEST)} was changed: {error}; {_START_OVER}") from error
+        if not output.exists(round_.manifest):
+            return None
+        value = json.loads(output.read(round_.manifest))
+        value["span_rows"] = tuple(value["span_rows"])
+        value["parts"] = tuple((first, last) for first, last in value["parts"])
+        return Manifest(**value)
+    except (ValueError, TypeError, KeyError, ObjectError) as error:
+        raise StorageError(f"{output.uri(round_.manifest)} was changed: {error}; {_START_OVER}") from error
 
 
-def read_chunk(output: Store, chunk: int, num_rows: int) -> pa.Table:
-    """The manifest rows of one chunk. Raises StorageError if they are not those that were written down."""
-    key = shard_key(chunk // CHUNKS_PER_SHARD)
-    expected = chunk_rows(chunk, num_rows)
-    try:
-        rows = pq.ParquetFile(io.BytesIO(output.read(key))).read_row_group(chunk % CHUNKS_PER_SHARD)
-        if rows.schema.equals(SCHEMA) and rows["row_id"].to_pylist() == list(expected):
-            return rows
-    except (pa.ArrowException, OSError, ObjectNotFoundError) as error:
-        raise StorageError(f"{output.uri(key)}: not a manifest shard of this run: {error}; {_START_OVER}") from error
-    raise StorageError(f"{output.uri(key)} was changed; {_START_OVER}")
-
-
-def _without_output(source: Store, output: Store) -> Iterator[ObjectInfo]:
-    """All objects of the source, but for the output where that lies inside it."""
-    root, inside = root_of(source), root_of(output)
-    excluded = inside.removeprefix(root) if inside.startswith(root) and inside != root else None
-    for info in source.list():
-        if excluded is None or not info.key.startswith(excluded):
-            yield info
-
-
-def root_of(store: Store) -> str:
-    """The store's location with a `/` at its end; of a local one, without symbolic links."""
-    location = store.location if is_s3(store.location) else os.path.realpath(store.location)
-    return location.rstrip("/") + "/"
-
-
-def _groups(objects: Iterator[ObjectInfo], size: int) -> Iterator[list[ObjectInfo]]:
-    group: list[ObjectInfo] = []
-    for info in objects:
-        group.append(info)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _shard(infos: list[ObjectInfo], *, first_row: int) -> bytes:
-    table = pa.table(
-        {
-            "row_id": range(first_row, first_row + len(infos)),
-            "uri": [info.uri for info in infos],
-            "key": [info.key for info in infos],
-            "etag": [info.etag for info in infos],
-            "size": [info.size for info in infos],
-        },
-        schema=SCHEMA,
-    )
+def shard_bytes(table: pa.Table) -> bytes:
+    """One shard as a Parquet file."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=CHUNK_ROWS)  # `read_chunk` counts on it
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
+
+
+class ManifestReader:
+    """Gives the rows of a manifest chunk by chunk. Keeps the shard that it read last; for one thread, one task."""
+
+    def __init__(self, output: Store, manifest: Manifest) -> None:
+        self.output = output
+        self.manifest = manifest
+        self._round = Round(manifest.round)
+        self._starts = [0, *accumulate(manifest.span_rows)]
+        self._last: tuple[tuple[int, int], pa.Table] | None = None
+
+    def chunk(self, chunk: int) -> pa.Table:
+        """The rows of one chunk, as WORK_SCHEMA. Raises StorageError if they are not those that were written down."""
+        places = chunk_rows(chunk, self.manifest.num_rows)
+        pieces, place = [], places.start
+        while place < places.stop:
+            span = bisect_right(self._starts, place) - 1  # of parts without rows, the one after them
+            shard, within = divmod(place - self._starts[span], SHARD_ROWS)
+            count = min(places.stop, self._starts[span + 1]) - place
+            pieces.append(self._shard(span, shard).slice(within, min(count, SHARD_ROWS - within)))
+            place += pieces[-1].num_rows
+        rows = pa.concat_tables(pieces).combine_chunks()
+        positions = pa.array(np.arange(places.start, places.stop))
+        new_ids = pc.add(positions, self.manifest.first_row_id)
+        columns = [positions, pc.coalesce(rows["replaces"], new_ids), *rows.columns[1:]]
+        return pa.Table.from_arrays(columns, schema=WORK_SCHEMA)
+
+    def _shard(self, span: int, shard: int) -> pa.Table:
+        if self._last is not None and self._last[0] == (span, shard):
+            return self._last[1]
+        key = self._round.shard(span, shard)
+        try:
+            rows = pq.read_table(io.BytesIO(self.output.read(key)))
+        except (pa.ArrowException, OSError, ObjectError) as error:
+            raise StorageError(
+                f"{self.output.uri(key)}: not a manifest shard of this run: {error}; {_START_OVER}"
+            ) from error
+        expected = min(SHARD_ROWS, self.manifest.span_rows[span] - shard * SHARD_ROWS)
+        if not rows.schema.equals(SHARD_SCHEMA) or rows.num_rows != expected:
+            raise StorageError(f"{self.output.uri(key)} was changed; {_START_OVER}")
+        self._last = (span, shard), rows
+        return rows

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import Counter
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -20,18 +22,37 @@ SHORTEST_S = 2.0
 class RunProgress:
     """Counts finished rows; a context manager. `add` may be called from any thread, one at a time."""
 
-    def __init__(self, *, total: int, done: int) -> None:
-        """`total` rows of the manifest, of which `done` were finished by an earlier run."""
-        self.total = total
-        self.done = done
-        self.done_before = done
-        self.failed = 0
+    def __init__(self) -> None:
+        self.state = "starting"
+        self.num_listed = self.total = self.done = self.done_before = 0
+        self.errors: Counter[str] = Counter()
         self.first_at: float | None = None
         self.last_at: float | None = None
         self._first_rows = 0
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
+
+    def start(self, *, total: int, done: int) -> None:
+        """`total` rows are to be captioned, of which `done` were finished by an earlier run."""
+        self.state = "captioning"
+        self.total, self.done, self.done_before = total, done, done
+
+    def list(self, num_listed: int) -> None:
+        """So many objects are listed by now."""
+        self.num_listed = num_listed
+
+    def status(self) -> dict[str, Any]:
+        """How far it is, for `raycap status`."""
+        rate = self.images_per_s
+        return {
+            "state": self.state,
+            "num_listed": self.num_listed,
+            "num_rows": self.total,
+            "num_done": min(self.done, self.total),
+            "images_per_s": rate and round(rate, 2),
+            "errors": dict(self.errors),
+        }
 
     def __enter__(self) -> RunProgress:
         if sys.stderr.isatty():
@@ -55,18 +76,18 @@ class RunProgress:
         elif self.done > self.done_before:
             self._line()
 
-    def add(self, rows: int, *, failed: int = 0, at_s: float | None = None) -> None:
-        """`rows` more are captioned (or failed, `failed` of them), at `at_s` (as time.time(); by default now)."""
+    def add(self, rows: int, *, errors: dict[str, int] | None = None, at_s: float | None = None) -> None:
+        """`rows` more are done, some of them with these error codes, at `at_s` (as time.time(); by default now)."""
         at_s = time.time() if at_s is None else at_s
         if self.first_at is None:
             self.first_at, self._first_rows = at_s, rows
         self.last_at = at_s if self.last_at is None else max(at_s, self.last_at)
         now = time.monotonic()
         self.done += rows
-        self.failed += failed
+        self.errors.update(errors or {})
         if self._bar is not None:
             rate = "-" if self.images_per_s is None else f"{self.images_per_s:.1f}"
-            self._bar.update(self._task, completed=min(self.done, self.total), rate=rate, failed=self.failed)
+            self._bar.update(self._task, completed=min(self.done, self.total), rate=rate, failed=self.errors.total())
         elif now - self._last_line >= LOG_EVERY_S:
             self._last_line = now
             self._line()
@@ -81,13 +102,16 @@ class RunProgress:
     def _line(self) -> None:
         rate = self.images_per_s
         done = min(self.done, self.total)  # rows are counted again where a worker died and another did them again
-        left = f", {_duration((self.total - done) / rate)} left" if rate and done < self.total else ""
+        left = f", {duration_text((self.total - done) / rate)} left" if rate and done < self.total else ""
         speed = f", {rate:.1f} images/s" if rate else ""
         share = 100 * done / self.total
-        log.info("captioned %d of %d (%.0f%%), %d failed%s%s", done, self.total, share, self.failed, speed, left)
+        log.info(
+            "captioned %d of %d (%.0f%%), %d failed%s%s", done, self.total, share, self.errors.total(), speed, left
+        )
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """12m05s, 3h07m."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -68,7 +68,7 @@ def _on_gpus(
         gpus_per_actor=gpus_per_actor,
         cpus_per_actor=cpus_per_actor,
         threads_per_actor=1,
-        cpus_per_fetch=cpus_per_actor or 1,
+        cpus_per_fetch=config.num_cpus_per_fetch or cpus_per_actor or 1,
     )
 
 
@@ -76,17 +76,19 @@ def _on_cpus(config: CaptionConfig, cores_by_node: list[int]) -> Resources:
     cores = sum(cores_by_node)
     threads = config.cpus_per_actor or (4 if cores >= 16 and max(cores_by_node) >= 4 else 1)
     cpus_per_actor = (1 - FETCH_CPUS) * threads
+    cpus_per_fetch = config.num_cpus_per_fetch or FETCH_CPUS
     num_actors = config.num_actors or max(1, sum(node // threads for node in cores_by_node))
     room = sum(int(node / cpus_per_actor) for node in cores_by_node)
-    if num_actors > room or num_actors * cpus_per_actor + FETCH_CPUS > cores:
+    if num_actors > room or num_actors * cpus_per_actor + cpus_per_fetch > cores:
         raise ConfigurationError(
             f"actors of {threads} cores do not fit {num_actors} times into the cluster's {cores} cores, "
-            f"{max(cores_by_node)} on its largest node; lower --num-actors or --cpus-per-actor"
+            f"{max(cores_by_node)} on its largest node, beside a fetching task of {cpus_per_fetch:g}; "
+            "lower --num-actors, --cpus-per-actor or --num-cpus-per-fetch"
         )
     return Resources(
         num_actors=num_actors,
         gpus_per_actor=0,
         cpus_per_actor=cpus_per_actor,
         threads_per_actor=threads,
-        cpus_per_fetch=FETCH_CPUS,
+        cpus_per_fetch=cpus_per_fetch,
     )

@@ -9,27 +9,20 @@ Shapes: N rows of the chunk, S x S pixels.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from raycap.bulk.sources import skip_message
+from raycap.bulk.sources.base import Reader
 from raycap.errors import ObjectError
-from raycap.images import (
-    IMAGE_SUFFIXES,
-    UNREAD_IMAGE_SUFFIXES,
-    DecodedImage,
-    ImageLimits,
-    Preprocessing,
-    decode_image,
-)
-from raycap.storage import Store
+from raycap.images import DecodedImage, ImageLimits, Preprocessing, decode_image
 
 if TYPE_CHECKING:
     from raycap.model.captioner import Caption, Captioner
@@ -65,15 +58,15 @@ STAGES = ("fetch_s", "decode_s", "caption_s")
 class Fetcher:
     """Manifest rows to pixels: reads many objects at a time, decodes them as they arrive."""
 
-    source: Store
+    reader: Reader
+    reads_by: Literal["key", "uri"]
     preprocessing: Preprocessing
     limits: ImageLimits
     requests_in_flight: int
-    all_files: bool
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Add status, error, original size and `pixels` (fixed-size binary, S * S * 3 bytes of RGB; zeros without an
-        image).
+        image); fill in sizes that the manifest did not tell.
 
         Raises StorageError if the storage fails in a way that will not pass.
         """
@@ -82,62 +75,77 @@ class Fetcher:
         columns: dict[str, list[Any]] = {
             name: [None] * rows.num_rows for name in ("status", "error_code", "error", "width", "height")
         }
+        sizes = rows["size"].to_pylist()
         waited_s = decode_s = 0.0
         clock = time.perf_counter()
-        for row, data in self._fetched(rows["key"].to_pylist()):
+        for row, data in self._fetched(rows):
             waited_s, clock = waited_s + time.perf_counter() - clock, time.perf_counter()
+            if isinstance(data, bytes) and sizes[row] is None:
+                sizes[row] = len(data)
             result = _decode(data, self.preprocessing, self.limits)
             if isinstance(result, DecodedImage):
                 pixels_NSSC[row] = result.pixels_HWC
                 columns["status"][row], columns["width"][row], columns["height"][row] = OK, result.width, result.height
             else:
-                columns["status"][row] = SKIPPED if isinstance(result, NotTriedError) else FAILED
+                columns["status"][row] = SKIPPED if isinstance(result, _NotTried) else FAILED
                 columns["error_code"][row], columns["error"][row] = result.code, str(result)
             decode_s, clock = decode_s + time.perf_counter() - clock, time.perf_counter()
+        rows = rows.set_column(rows.schema.get_field_index("size"), "size", pa.array(sizes, pa.int64()))
         for name, values in columns.items():
             rows = rows.append_column(OUTPUT_SCHEMA.field(name), pa.array(values, OUTPUT_SCHEMA.field(name).type))
-        rows = rows.append_column("pixels", _to_binary(pixels_NSSC))
+        rows = rows.drop_columns(["skip"]).append_column("pixels", _to_binary(pixels_NSSC))
         rows = _with_seconds(rows, "fetch_s", waited_s)
         return _with_seconds(rows, "decode_s", decode_s)
 
-    def _fetched(self, keys: Sequence[str]) -> Iterator[tuple[int, bytes | ObjectError]]:
-        """Bytes or error of each key, in order, with at most `requests_in_flight` objects asked for or waiting."""
+    def _fetched(self, rows: pa.Table) -> Iterator[tuple[int, bytes | ObjectError | _NotTried]]:
+        """Row, and its bytes or why there are none; as they arrive, so that a slow object holds up no other one.
+
+        At most `requests_in_flight` objects are asked for or waiting to be decoded.
+        """
+        keys, skips = rows[self.reads_by].to_pylist(), rows["skip"].to_pylist()
+        to_read = []
+        for row, skip in enumerate(skips):
+            if skip is None:
+                to_read.append(row)
+            else:
+                yield row, _NotTried(skip, skip_message(skip, keys[row]))
+        remaining = iter(to_read)
         with ThreadPoolExecutor(self.requests_in_flight, thread_name_prefix="raycap-fetch") as pool:
-            ahead: deque[Future[bytes | ObjectError]] = deque()
             try:
-                for row in range(len(keys)):
-                    while len(ahead) < self.requests_in_flight and row + len(ahead) < len(keys):
-                        ahead.append(pool.submit(self._read, keys[row + len(ahead)]))
-                    yield row, ahead.popleft().result()
+                pending: dict[Future[bytes | ObjectError], int] = {}
+                while True:
+                    for row in islice(remaining, self.requests_in_flight - len(pending)):
+                        pending[pool.submit(self._read, keys[row])] = row
+                    if not pending:
+                        return
+                    done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield pending.pop(future), future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, key: str) -> bytes | ObjectError:
-        if not self.all_files and _has_other_suffix(key):
-            return NotTriedError(
-                f"{PurePosixPath(key).suffix} is not the suffix of an image; --all-files tries every object"
-            )
         try:
-            return self.source.read(key, max_bytes=self.limits.max_bytes)
+            return self.reader.read(key, max_bytes=self.limits.max_bytes)
         except ObjectError as error:
             return error
 
 
-class NotTriedError(ObjectError):
-    """The object's name says that it is no image."""
+@dataclass(frozen=True, slots=True)
+class _NotTried:
+    """The manifest says that the object is not to be tried."""
 
-    code = "other_suffix"
+    code: str
+    message: str
 
-
-def _has_other_suffix(key: str) -> bool:
-    """Whether the key ends in a suffix, and not in that of an image. Keys without one (hashes, ids) are tried."""
-    suffix = PurePosixPath(key).suffix.lower()
-    is_name = 2 <= len(suffix) <= 8 and suffix[1:].isalnum() and not suffix[1:].isdigit()
-    return is_name and suffix not in IMAGE_SUFFIXES | UNREAD_IMAGE_SUFFIXES
+    def __str__(self) -> str:
+        return self.message
 
 
-def _decode(data: bytes | ObjectError, preprocessing: Preprocessing, limits: ImageLimits) -> DecodedImage | ObjectError:
-    if isinstance(data, ObjectError):
+def _decode(
+    data: bytes | ObjectError | _NotTried, preprocessing: Preprocessing, limits: ImageLimits
+) -> DecodedImage | ObjectError | _NotTried:
+    if not isinstance(data, bytes):
         return data
     try:
         return decode_image(data, preprocessing, limits)

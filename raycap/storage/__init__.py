@@ -7,12 +7,18 @@
 
 Knows nothing of images, Ray or torch. boto3 is imported when first needed, not with this package.
 
-    base.py      ObjectInfo, and Store: what every store can do
+    base.py      ObjectInfo, Span, and Store: what every store can do
     local.py     LocalStore: directories and files of this machine
+    files.py     local files: written whole, locked, named in text
     options.py   S3Options: how to reach an S3 server
     client.py    S3Options -> boto3 client: endpoint, region, retries, checksums
     failures.py  what boto3 raises -> one of raycap's errors, free of secrets
+    patience.py  waits for a server that is away for a while
+    fetch.py     the content of one object
+    listing.py   what is in a bucket, page by page
+    spans.py     cuts a listing into parts that can be listed at the same time
     s3.py        S3Store: buckets and prefixes
+    anywhere.py  Anywhere: objects by their full address
 """
 
 from __future__ import annotations
@@ -30,16 +36,19 @@ from raycap.errors import (
     StorageError,
 )
 from raycap.errors import NotFoundError as _NotFoundError
-from raycap.storage.base import ObjectInfo, Store
+from raycap.storage.anywhere import Anywhere
+from raycap.storage.base import ObjectInfo, Span, Store
 from raycap.storage.local import LocalStore
 from raycap.storage.options import S3Options, refuse_secrets
 from raycap.storage.s3 import S3Store
 
 __all__ = [
+    "Anywhere",
     "LocalStore",
     "ObjectInfo",
     "S3Options",
     "S3Store",
+    "Span",
     "Store",
     "is_s3",
     "open_store",

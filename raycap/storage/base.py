@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,29 @@ class ObjectInfo:
     """Changes when the content changes: the S3 ETag without its quotes, or size and modification time of a local
     file."""
 
+    storage_class: str = ""
+    """S3's storage class, such as STANDARD or GLACIER. "" for a local file, and where the server names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a listing. The spans that `Store.split` gives are disjoint and together the whole listing.
+
+    A span holds the objects that have all that is said here. Keys are relative to the store's root.
+    """
+
+    prefix: str = ""
+    """The key starts with it."""
+
+    after: str = ""
+    """The key sorts after it, or all do where it is "". Need not be a key."""
+
+    until: str | None = None
+    """The key is not after it, in byte order. Need not be a key. None: no end."""
+
+    level: bool = False
+    """The object is directly in the folder `prefix`, which is "" or ends in `/`, not in a folder below."""
+
 
 class Store(ABC):
     """Objects under one root: a folder, or a single object (then its name is the only key).
@@ -47,10 +71,18 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def list_level(self, prefix: str = "") -> Iterator[ObjectInfo | str]:
-        """One level only: the objects and, as keys that end in `/`, the folders directly below the folder `prefix`.
+    def split(self, num_spans: int) -> builtins.list[Span]:
+        """The listing in about `num_spans` parts that can be listed at the same time: disjoint and together the whole.
 
-        `prefix` is "" or ends in `/`. With it, folders can be listed in parallel.
+        There may be fewer where the store cannot be divided cheaply, and more where it has many folders.
+        """
+
+    @abstractmethod
+    def list_span(self, span: Span, *, after: str = "") -> Iterator[ObjectInfo]:
+        """The objects of one span, streamed in the order of `list`.
+
+        `after` is the key that an earlier listing of this span gave last: goes on behind it, in the store's own order.
+        Raises what `list` raises.
         """
 
     @abstractmethod
@@ -66,6 +98,19 @@ class Store(ABC):
     def write(self, key: str, data: bytes) -> None:
         """Make `data` the content of `key`: readers see the old content or the new, never a part. Raises
         StorageError."""
+
+    @abstractmethod
+    def read_versioned(self, key: str) -> tuple[bytes, str] | None:
+        """Content and version of one object, for `write_if`. None: there is no such object. Raises StorageError."""
+
+    @abstractmethod
+    def write_if(self, key: str, data: bytes, *, version: str | None) -> str | None:
+        """Write only if the object is still at `version`; None: only if there is none. Of several writers one succeeds.
+
+        Returns the new version, or None if the condition does not hold. Should two writers want to write the same
+        bytes, both may be told that they did: put something of each one's own into them. Raises StorageError, and
+        ConditionalWritesUnsupportedError where the server refuses such writes.
+        """
 
     @abstractmethod
     def exists(self, key: str) -> bool:

@@ -87,9 +87,12 @@ def _session_and_address(options: S3Options) -> tuple[Session, S3Address]:
     from botocore.exceptions import ConfigParseError, ProfileNotFound
     from botocore.session import Session
 
+    from raycap.storage.pages import PageParserFactory
+
     try:
         session = Session(profile=options.profile)
         session.register_component("data_loader", _data_loader())
+        session.register_component("response_parser_factory", PageParserFactory())
         scoped_config = session.get_scoped_config()
         endpoint_url = options.endpoint_url
         if endpoint_url is None and not session.get_config_variable("ignore_configured_endpoint_urls"):

@@ -41,6 +41,8 @@ _OTHER_REGION = {
 _DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "UnauthorizedAccess", "403", "401"}
 _NO_KEY = {"NoSuchKey", "NoSuchVersion", "404"}
 _ARCHIVED = "InvalidObjectState"
+_LASTING = {501, 505, 507}
+"""Not implemented, HTTP version not supported, insufficient storage: these do not pass by themselves."""
 
 
 def object_error(error: Exception, uri: str) -> FetchError | StorageError:
@@ -147,6 +149,43 @@ def is_missing(error: Exception) -> bool:
 def is_denied(error: Exception) -> bool:
     """Whether a HEAD request was refused. Without a body, the server cannot say why."""
     return _status(error) in (401, 403)
+
+
+def is_unmet(error: Exception) -> bool:
+    """Whether a conditional write was refused because its condition does not hold. AWS says 409 where another writer
+    was at it at the same moment, and 404 where the object is gone."""
+    code, status = _code(error), _status(error)
+    return code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412 or code in _NO_KEY
+
+
+def is_unsupported(error: Exception) -> bool:
+    """Whether the server says that it does not know such requests."""
+    return _status(error) == 501
+
+
+def num_retries(error: Exception) -> int:
+    """How often boto3 repeated the request before this answer came."""
+    return int(getattr(error, "response", {}).get("ResponseMetadata", {}).get("RetryAttempts", 0))
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether no connection to the server came about."""
+    from botocore import exceptions as boto
+
+    unreachable = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError)
+    return isinstance(error, unreachable)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same request may succeed later: no connection, a broken transfer, throttling, a server in trouble."""
+    from botocore.exceptions import ClientError, HTTPClientError, ResponseStreamingError, SSLError
+
+    if isinstance(error, ClientError):
+        status = _status(error)
+        return status == 429 or _code(error) == "RequestTimeout" or (status >= 500 and status not in _LASTING)
+    if isinstance(error, SSLError):  # a certificate that is not trusted stays so; a handshake that breaks off does not
+        return "EOF" in str(error)
+    return is_unreachable(error) or _is_transfer_failure(error, HTTPClientError, ResponseStreamingError)
 
 
 def _answered(error: Exception, what: str) -> StorageError:

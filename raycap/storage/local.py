@@ -1,13 +1,13 @@
 """Directories and files of this machine as a store."""
 
 # Paths are strings here: Path tidies keys ("a//b"), and costs several times as much for each of many files.
-# ruff: noqa: PTH100, PTH103, PTH105, PTH108, PTH111, PTH112, PTH113, PTH116, PTH118, PTH119, PTH120
+# ruff: noqa: PTH100, PTH103, PTH108, PTH111, PTH112, PTH113, PTH116, PTH118, PTH119, PTH120
 
 from __future__ import annotations
 
-import errno
+import builtins
+import hashlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,24 +17,24 @@ from raycap.errors import (
     ImageTooLargeError,
     NotFoundError,
     ObjectAccessDeniedError,
+    ObjectError,
     ObjectNotFoundError,
     ObjectUnreadableError,
     StorageError,
 )
-from raycap.storage.base import TEMPORARY_PREFIX, ObjectInfo, Store
+from raycap.storage.base import TEMPORARY_PREFIX, ObjectInfo, Span, Store
+from raycap.storage.files import (
+    NO_SUCH_FILE,
+    identity,
+    locked,
+    printable,
+    reason,
+    replace_file,
+    storage_error,
+    unprintable,
+    write_temporary,
+)
 
-_NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EINVAL}
-_REASONS = {
-    errno.ENOSPC: "the disk is full; free some space or write elsewhere",
-    errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
-    errno.EACCES: "permission denied; run as a user who may, or change its permissions",
-    errno.EPERM: "permission denied; run as a user who may, or change its permissions",
-    errno.EROFS: "the file system is read-only; write elsewhere",
-    errno.ENOENT: "there is no such file or directory",
-    errno.ENOTDIR: "a directory was expected, but a part of this path is a file",
-    errno.EISDIR: "a file was expected, but this is a directory",
-    errno.ENAMETOOLONG: "the name is too long for this file system",
-}
 _PROBE_BYTES = 4096
 """One block of the usual file systems: an empty file can often still be made on a full disk, a block cannot."""
 
@@ -51,46 +51,52 @@ class LocalStore(Store):
         self.location = os.path.abspath(os.path.expanduser(path))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        return self.list_span(Span(prefix))
+
+    def split(self, num_spans: int) -> builtins.list[Span]:
+        """One span: a disk lists faster than anybody reads."""
+        return [Span()]
+
+    def list_span(self, span: Span, *, after: str = "") -> Iterator[ObjectInfo]:
         if os.path.isfile(self.location):
-            yield from self._single_file(prefix)
-            return
-        self._require_directory()
-        folder = prefix[: prefix.rfind("/") + 1]
+            infos = self._single_file()
+        else:
+            self._require_directory()
+            infos = self._walk(span, max(span.after, after))
+        for info in infos:
+            if span.until is not None and info.key > span.until:
+                return
+            if info.key.startswith(span.prefix) and info.key > max(span.after, after):
+                yield info
+
+    def _walk(self, span: Span, after: str) -> Iterator[ObjectInfo]:
+        """The files of the folder of `span.prefix` and below, in byte order, without folders that end before `after`.
+
+        Python compares text by code points, which gives the order of its UTF-8 bytes.
+        """
+        folder = span.prefix[: span.prefix.rfind("/") + 1]
         if _leaves_root(folder):
             return
         # A stack of open folders instead of recursion: paths can be deeper than Python's stack. The device and inode of
         # each folder on it tell a link that leads back.
         path = self._path(folder)
-        stack = [(_identity(path), folder, path, self._names(path))]
+        stack = [(identity(path), folder, path, self._names(path))]
         while stack:
             _, parent_key, parent_path, names = stack[-1]
             name = next(names, None)
             if name is None:
                 stack.pop()
                 continue
-            key, path = parent_key + _printable(name), os.path.join(parent_path, name.removesuffix("/"))
+            key, path = parent_key + printable(name), os.path.join(parent_path, name.removesuffix("/"))
+            if key < after and not after.startswith(key):
+                continue
             if not name.endswith("/"):
-                if key.startswith(prefix) and (info := self._info(key, path)) is not None:
+                if (info := self._info(key, path)) is not None:
                     yield info
-            elif key.startswith(prefix) or prefix.startswith(key):
-                identity = _identity(path)
-                if identity not in {entry[0] for entry in stack}:
-                    stack.append((identity, key, path, self._names(path)))
-
-    def list_level(self, prefix: str = "") -> Iterator[ObjectInfo | str]:
-        if os.path.isfile(self.location):
-            yield from self._single_file(prefix)
-            return
-        self._require_directory()
-        if _leaves_root(prefix):
-            return
-        folder = self._path(prefix)
-        for name in self._names(folder):
-            key = prefix + _printable(name)
-            if name.endswith("/"):
-                yield key
-            elif (info := self._info(key, os.path.join(folder, name))) is not None:
-                yield info
+            elif not span.level and (key.startswith(span.prefix) or span.prefix.startswith(key)):
+                folder_identity = identity(path)
+                if folder_identity not in {entry[0] for entry in stack}:
+                    stack.append((folder_identity, key, path, self._names(path)))
 
     def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
         path = self._path(key)
@@ -114,21 +120,36 @@ class LocalStore(Store):
         return data
 
     def write(self, key: str, data: bytes) -> None:
-        if _is_no_file_key(key):
-            raise StorageError(f"expected the key of a file below {self.location}, got {key!r}")
-        path = os.path.join(self.location, key)
-        folder = os.path.dirname(path)
+        path = self._path_to_write(key)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            replace_file(path, data)
+        except OSError as error:
+            raise storage_error(error, f"cannot write {path}") from error
+
+    def read_versioned(self, key: str) -> tuple[bytes, str] | None:
+        try:
+            data = self.read(key)
+        except (ObjectNotFoundError, NotFoundError):
+            return None
+        except ObjectError as error:
+            raise StorageError(str(error)) from error
+        return data, _version(data)
+
+    def write_if(self, key: str, data: bytes, *, version: str | None) -> str | None:
+        path = self._path_to_write(key)
+        folder, name = os.path.split(path)
+        lock = f"{TEMPORARY_PREFIX}lock-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
         try:
             os.makedirs(folder, exist_ok=True)
-            temporary = _write_temporary(folder, data)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                os.unlink(temporary)
-                raise
-            _sync_directory(folder)
+            with locked(os.path.join(folder, lock)):
+                found = self.read_versioned(key)
+                if (found and found[1]) != version:
+                    return None
+                replace_file(path, data)
         except OSError as error:
-            raise _storage_error(error, f"cannot write {path}") from error
+            raise storage_error(error, f"cannot write {path}") from error
+        return _version(data)
 
     def exists(self, key: str) -> bool:
         return not _is_no_file_key(key) and os.path.isfile(self._path(key))
@@ -140,10 +161,10 @@ class LocalStore(Store):
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(self._path(key))
         except OSError as error:
-            raise _storage_error(error, f"cannot delete {self._path(key)}") from error
+            raise storage_error(error, f"cannot delete {self._path(key)}") from error
 
     def uri(self, key: str) -> str:
-        return os.path.join(_printable(self._base()), key)
+        return os.path.join(printable(self._base()), key)
 
     def check_readable(self) -> None:
         try:
@@ -155,7 +176,7 @@ class LocalStore(Store):
             with os.scandir(self.location) as entries:
                 next(entries, None)
         except OSError as error:
-            raise _storage_error(error, f"cannot read {self.location}") from error
+            raise storage_error(error, f"cannot read {self.location}") from error
 
     def check_writable(self) -> None:
         # Where the directory is still to be made, what counts is the nearest parent that is there.
@@ -165,9 +186,9 @@ class LocalStore(Store):
         if not os.path.isdir(folder):
             raise StorageError(f"cannot write to {self.location}: expected a directory, but {folder} is a file")
         try:
-            os.unlink(_write_temporary(folder, b"\0" * _PROBE_BYTES))
+            os.unlink(write_temporary(folder, b"\0" * _PROBE_BYTES))
         except OSError as error:
-            raise _storage_error(error, f"cannot write to {self.location}") from error
+            raise storage_error(error, f"cannot write to {self.location}") from error
 
     def _base(self) -> str:
         """The directory that keys are relative to: of a single file, the one it is in."""
@@ -176,12 +197,16 @@ class LocalStore(Store):
     def _path(self, key: str) -> str:
         path = os.path.join(self._base(), key)
         if "\\x" in key and not os.path.lexists(path):
-            return _unprintable(path)
+            return unprintable(path)
         return path
 
-    def _single_file(self, prefix: str) -> Iterator[ObjectInfo]:
-        name = _printable(os.path.basename(self.location))
-        if name.startswith(prefix) and (info := self._info(name, self.location)) is not None:
+    def _path_to_write(self, key: str) -> str:
+        if _is_no_file_key(key):
+            raise StorageError(f"expected the key of a file below {self.location}, got {key!r}")
+        return os.path.join(self.location, key)
+
+    def _single_file(self) -> Iterator[ObjectInfo]:
+        if (info := self._info(printable(os.path.basename(self.location)), self.location)) is not None:
             yield info
 
     def _info(self, key: str, path: str) -> ObjectInfo | None:
@@ -190,7 +215,7 @@ class LocalStore(Store):
             status = os.stat(path)
         except OSError:
             return None
-        return ObjectInfo(key, _printable(path), status.st_size, f"{status.st_size:x}-{status.st_mtime_ns:x}")
+        return ObjectInfo(key, printable(path), status.st_size, f"{status.st_size:x}-{status.st_mtime_ns:x}")
 
     def _names(self, folder: str) -> Iterator[str]:
         """The names of a folder's files and, with a `/` at their end, of its folders.
@@ -209,8 +234,8 @@ class LocalStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            raise _storage_error(error, f"cannot list {folder}") from error
-        names.sort(key=os.fsencode)
+            raise storage_error(error, f"cannot list {folder}") from error
+        names.sort(key=printable)
         return iter(names)
 
     def _require_directory(self) -> None:
@@ -220,47 +245,17 @@ class LocalStore(Store):
             raise StorageError(f"expected a directory or a file, but {self.location} is neither")
 
     def _object_error(self, error: OSError, path: str) -> FetchError | StorageError:
-        if error.errno in _NO_SUCH_FILE:
+        if error.errno in NO_SUCH_FILE:
             if not os.path.lexists(self.location):  # unmounted or deleted: then every file is gone
                 return NotFoundError(f"there is no longer a file or directory {self.location}")
-            return ObjectNotFoundError(f"{path}: {_reason(error)}")
+            return ObjectNotFoundError(f"{path}: {reason(error)}")
         if isinstance(error, PermissionError):
-            return ObjectAccessDeniedError(f"{path}: {_reason(error)}")
-        return ObjectUnreadableError(f"{path}: {_reason(error)}")
+            return ObjectAccessDeniedError(f"{path}: {reason(error)}")
+        return ObjectUnreadableError(f"{path}: {reason(error)}")
 
 
-def _write_temporary(folder: str, data: bytes) -> str:
-    """A new file in `folder` that has reached the disk; on failure there is none."""
-    temporary = os.path.join(folder, TEMPORARY_PREFIX + secrets.token_hex(8))
-    # Not tempfile.mkstemp, whose files only their owner may read: the usual umask applies here.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return temporary
-
-
-def _sync_directory(folder: str) -> None:
-    """Make a rename survive a power cut. Some network file systems refuse this; then there is no more to do."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _leaves_root(key: str) -> bool:
@@ -269,23 +264,3 @@ def _leaves_root(key: str) -> bool:
 
 def _is_no_file_key(key: str) -> bool:
     return not key or key.endswith("/") or _leaves_root(key)
-
-
-def _printable(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _unprintable(path: str) -> str:
-    """What `_printable` made such text from."""
-    raw = os.fsencode(path)
-    for byte in range(0x80, 0x100):
-        raw = raw.replace(b"\\x%02x" % byte, bytes([byte]))
-    return os.fsdecode(raw)
-
-
-def _reason(error: OSError) -> str:
-    return _REASONS.get(error.errno or 0) or error.strerror or str(error)
-
-
-def _storage_error(error: OSError, what: str) -> StorageError:
-    return StorageError(f"{what}: {_reason(error)}")

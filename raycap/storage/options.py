@@ -30,11 +30,20 @@ class S3Options:
     connect_timeout_s: float = 10.0
     """Seconds to wait for a connection, for each attempt."""
 
-    read_timeout_s: float = 30.0
+    read_timeout_s: float = 15.0
     """Seconds without a byte before an attempt is given up."""
 
     max_attempts: int = 6
     """Attempts for each request, the first included. The waits between 6 are 15 s together on average, 31 s at most."""
+
+    max_outage_s: float = 300.0
+    """How long the server may be unreachable, or answer every request with an error that usually passes, before a run
+    is given up; seconds. 0: no longer than `max_attempts` take."""
+
+    byte_ordered: bool | None = None
+    """Whether the server lists keys in the order of their UTF-8 bytes, as AWS does and SeaweedFS does not: then folders
+    with many objects are listed in parallel too. True for a server that does not would lose objects. None: True without
+    an endpoint (AWS), else False."""
 
     def __post_init__(self) -> None:
         if self.endpoint_url is not None:
@@ -42,6 +51,8 @@ class S3Options:
         for name in ("connect_timeout_s", "read_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+        if not self.max_outage_s >= 0:
+            raise ConfigurationError(f"max_outage_s must be at least 0 seconds, got {self.max_outage_s}")
         if self.max_attempts < 1:
             raise ConfigurationError(f"max_attempts must be at least 1, got {self.max_attempts}")
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import builtins
 import io
-import random
 import re
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from raycap.errors import (
+    ConditionalWritesUnsupportedError,
     ConfigurationError,
     CredentialsError,
-    ImageTooLargeError,
     NotFoundError,
+    ObjectAccessDeniedError,
+    ObjectError,
     ObjectNotFoundError,
     StorageError,
 )
-from raycap.storage.base import TEMPORARY_PREFIX, ObjectInfo, Store
-from raycap.storage.client import resolved, s3_client
-from raycap.storage.failures import handled, is_denied, is_missing, not_s3, object_error, storage_error
+from raycap.storage.base import TEMPORARY_PREFIX, ObjectInfo, Span, Store
+from raycap.storage.client import resolved
+from raycap.storage.failures import handled, is_denied, is_unmet, is_unsupported, not_s3, num_retries
+from raycap.storage.fetch import fetch, head
+from raycap.storage.listing import MAX_KEY_BYTES, Listing, require_s3
 from raycap.storage.options import S3Options, refuse_secrets
+from raycap.storage.patience import ask
 
 MULTIPART_BYTES = 64 * 1024 * 1024
 """Above this, an upload goes in parts, several at once; it still appears whole."""
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:.+")
-_BODY_BACKOFF_S = 0.2
 _NUM_READ_SAMPLES = 5
 
 
@@ -43,7 +47,7 @@ class S3Store(Store):
         bucket, _, self.prefix = location.removeprefix("s3://").partition("/")
         if not bucket:
             raise ConfigurationError(f"expected s3://bucket/prefix, got {location!r} without a bucket")
-        if not _BUCKET.fullmatch(bucket):
+        if not is_bucket(bucket):
             refuse_secrets(location)
             raise ConfigurationError(
                 f"{bucket!r} is no bucket name (letters, digits, '.', '-', '_'); type s3://BUCKET/PREFIX, "
@@ -60,169 +64,177 @@ class S3Store(Store):
         return self.__dict__ | {"options": resolved(self.options)}
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        self._resolve()
-        if self._single is not None:
-            yield from self._single_object(prefix)
-            return
-        for page in self._pages(prefix):
-            yield from self._objects(page)
+        return self.list_span(Span(prefix))
 
-    def list_level(self, prefix: str = "") -> Iterator[ObjectInfo | str]:
+    def split(self, num_spans: int) -> builtins.list[Span]:
+        """By ranges of keys where the server lists in their order (`S3Options.byte_ordered`), else by folders.
+
+        One request if all fits into a page of 1,000; else some hundreds at most.
+        """
         base = self._resolve()
-        if self._single is not None:
-            yield from self._single_object(prefix)
-            return
-        for page in self._pages(prefix, Delimiter="/"):
-            yield from (each["Prefix"][len(base) :] for each in page.get("CommonPrefixes", ()))
-            yield from self._objects(page)
+        return [Span()] if self._single is not None else Listing(self.options, self.bucket, base).split(num_spans)
+
+    def list_span(self, span: Span, *, after: str = "") -> Iterator[ObjectInfo]:
+        base = self._resolve()
+        if self._single is None:
+            yield from Listing(self.options, self.bucket, base).objects(span, after)
+        elif self._single.startswith(span.prefix) and not after:
+            yield self._single_object(self._single)
 
     def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        return self._read(key, max_bytes)[0]
+
+    def read_versioned(self, key: str) -> tuple[bytes, str] | None:
+        try:
+            return self._read(key)
+        except ObjectNotFoundError:
+            return None
+        except ObjectAccessDeniedError as error:
+            raise CredentialsError(str(error)) from error
+        except ObjectError as error:
+            raise StorageError(str(error)) from error
+
+    def _read(self, key: str, max_bytes: int | None = None) -> tuple[bytes, str]:
         uri = self.uri(key)
         full_key = self._full_key(key)
         if full_key is None:
             raise ObjectNotFoundError(f"{uri!r} is no possible S3 key")
-        return self._fetch(uri, full_key, max_bytes)
-
-    def _fetch(self, uri: str, full_key: str, max_bytes: int | None) -> bytes:
-        """botocore repeats requests, but not the reading of a body that breaks off: that is repeated here."""
-        from botocore.exceptions import ClientError
-
-        for attempt in range(1, self.options.max_attempts + 1):
-            answered = False
-            try:
-                answer = self._client().get_object(Bucket=self.bucket, Key=full_key)
-                answered = True
-                with answer["Body"] as body:
-                    size = answer.get("ContentLength")
-                    if max_bytes is not None and size is not None and size > max_bytes:
-                        raise ImageTooLargeError(f"{uri}: {size} bytes, more than the limit of {max_bytes}")
-                    if max_bytes is not None and size is None:
-                        data: bytes = body.read(max_bytes + 1)
-                        if len(data) > max_bytes:
-                            raise ImageTooLargeError(f"{uri}: more than the limit of {max_bytes} bytes")
-                    else:
-                        data = body.read()  # raises if it is shorter than Content-Length
-                    return data
-            except handled() as error:
-                if not answered or isinstance(error, ClientError) or attempt == self.options.max_attempts:
-                    raise object_error(error, uri) from error
-                time.sleep(random.uniform(0, _BODY_BACKOFF_S * 2**attempt))
-        raise AssertionError("the last attempt returns or raises")
+        return fetch(self.options, self.bucket, full_key, max_bytes=max_bytes)
 
     def write(self, key: str, data: bytes) -> None:
-        self._resolve()
-        if self._single is not None:
-            raise StorageError(f"cannot write below {self.location}: there is an object with this name, not a folder")
-        self._put(self._client(), key, data)
+        full_key, what = self._key_to_write(key)
+        ask(self.options, what, lambda client: self._put(client, full_key, data, what))
 
-    def _put(self, client: Any, key: str, data: bytes) -> None:
-        full_key = self._full_key(key)
-        what = f"cannot write {self.uri(key)!r}"
-        if full_key is None:
-            raise StorageError(f"{what}: this is no possible S3 key")
-        try:
-            if len(data) > MULTIPART_BYTES:
-                from boto3.s3.transfer import TransferConfig
+    def _put(self, client: Any, full_key: str, data: bytes, what: str) -> None:
+        if len(data) > MULTIPART_BYTES:
+            from boto3.s3.transfer import TransferConfig
 
-                config = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 4)
-                client.upload_fileobj(io.BytesIO(data), self.bucket, full_key, Config=config)
-            elif "ETag" not in client.put_object(Bucket=self.bucket, Key=full_key, Body=data):
-                raise not_s3(what)
-        except handled() as error:
-            raise storage_error(error, what) from error
+            config = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 4)
+            client.upload_fileobj(io.BytesIO(data), self.bucket, full_key, Config=config)
+        elif "ETag" not in client.put_object(Bucket=self.bucket, Key=full_key, Body=data):
+            raise not_s3(what)
+
+    def write_if(self, key: str, data: bytes, *, version: str | None) -> str | None:
+        full_key, what = self._key_to_write(key)
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
+        num_tries = 0
+
+        def put(client: Any) -> dict[str, Any] | None:
+            nonlocal num_tries
+            num_tries += 1
+            try:
+                answer: dict[str, Any] = client.put_object(Bucket=self.bucket, Key=full_key, Body=data, **condition)
+            except handled() as error:
+                if is_unsupported(error):
+                    raise ConditionalWritesUnsupportedError(
+                        f"{what}: the server does not know conditional writes (If-Match); use one that does"
+                    ) from error
+                if not is_unmet(error):
+                    raise
+                num_tries += num_retries(error)
+                return None
+            return answer
+
+        answer = ask(self.options, what, put)
+        if answer is None:
+            # If an earlier try was carried out and only its answer was lost, what is there is ours.
+            found = self.read_versioned(key) if num_tries > 1 else None
+            return found[1] if found and found[0] == data else None
+        if "ETag" not in answer:
+            raise not_s3(what)
+        return str(answer["ETag"]).strip('"')
 
     def exists(self, key: str) -> bool:
-        full_key = self._full_key(key)
-        if full_key is None:
-            return False
+        full_key, what = self._full_key(key), f"cannot look up {self.uri(key)}"
         try:
-            self._client().head_object(Bucket=self.bucket, Key=full_key)
-        except handled() as error:
-            if is_missing(error):
-                return False
-            raise storage_error(error, f"cannot look up {self.uri(key)}") from error
-        return True
+            return full_key is not None and bool(head(self.options, self.bucket, full_key, what))
+        except ObjectNotFoundError:
+            return False
+        except ObjectAccessDeniedError as error:
+            raise CredentialsError(str(error)) from error
 
     def delete(self, key: str) -> None:
-        full_key = self._full_key(key)
-        if full_key is None:
-            return
-        try:
-            self._client().delete_object(Bucket=self.bucket, Key=full_key)
-        except handled() as error:
-            raise storage_error(error, f"cannot delete {self.uri(key)}") from error
+        if (full_key := self._full_key(key)) is not None:
+            what = f"cannot delete {self.uri(key)}"
+            ask(self.options, what, lambda client: client.delete_object(Bucket=self.bucket, Key=full_key))
 
     def uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{self._resolve()}{key}"
 
     def check_readable(self) -> None:
-        client = self._impatient_client()
-        self._resolve(client)
+        options = self._impatient_options()
+        base = self._resolve(options)
         if self._single is not None:
             return  # a HEAD request found it
         what = f"cannot read {self.location}"
-        try:
-            page = client.list_objects_v2(Bucket=self.bucket, Prefix=self._resolve(), MaxKeys=_NUM_READ_SAMPLES)
-        except handled() as error:
-            raise storage_error(error, what) from error
-        _require_s3(page, what)
+        page = ask(
+            options,
+            what,
+            lambda client: client.list_objects_v2(Bucket=self.bucket, Prefix=base, MaxKeys=_NUM_READ_SAMPLES),
+        )
+        require_s3(page, what)
         keys = [each["Key"] for each in page.get("Contents", ())]
         if not keys and self.prefix:
             raise NotFoundError(f"{what}: there is nothing below this prefix; check it for a typing error")
-        if keys and not any(self._may_read(client, key) for key in keys):
+        if keys and not any(self._may_read(options, key) for key in keys):
             raise CredentialsError(f"{what}: these keys may list the objects but not read them; allow s3:GetObject")
 
     def check_writable(self) -> None:
-        client = self._impatient_client()
-        self._resolve(client)
-        if self._single is not None:
-            raise StorageError(f"cannot write below {self.location}: there is an object with this name, not a folder")
-        self._require_bucket(client)
+        options = self._impatient_options()
+        base = self._resolve(options)
         probe = f"{TEMPORARY_PREFIX}check"  # one name: where deleting is not allowed, at most this one is left
-        self._put(client, probe, b"raycap looks whether it may write here\n")
-        try:
-            client.delete_object(Bucket=self.bucket, Key=self._resolve() + probe)
-        except handled() as error:
-            if not is_denied(error):
-                raise storage_error(error, f"cannot delete below {self.location}") from error
-
-    def _require_bucket(self, client: Any) -> None:
-        """Some servers (SeaweedFS) make a missing bucket when they are written to: a typing error would go unseen."""
-        what = f"cannot write to {self.location}"
-        try:
-            page = client.list_objects_v2(Bucket=self.bucket, Prefix=self._resolve(), MaxKeys=1)
-        except handled() as error:
-            if not is_denied(error):  # keys that may write need not be allowed to list
-                raise storage_error(error, what) from error
-        else:
-            _require_s3(page, what)
-
-    def _client(self) -> Any:
-        return s3_client(self.options)
-
-    def _impatient_client(self) -> Any:
-        """For the checks: an answer now, not after the patience that a run of hours has."""
-        return s3_client(
-            replace(
-                self.options,
-                connect_timeout_s=min(self.options.connect_timeout_s, 5.0),
-                read_timeout_s=min(self.options.read_timeout_s, 10.0),
-                max_attempts=min(self.options.max_attempts, 2),
-            )
+        full_key, what = self._key_to_write(probe)
+        self._require_bucket(options)
+        ask(
+            options, what, lambda client: self._put(client, full_key, b"raycap looks whether it may write here\n", what)
+        )
+        ask(
+            options,
+            f"cannot delete below {self.location}",
+            lambda client: self._delete_if_allowed(client, base + probe),
         )
 
-    def _resolve(self, client: Any = None) -> str:
+    def _delete_if_allowed(self, client: Any, full_key: str) -> None:
+        try:
+            client.delete_object(Bucket=self.bucket, Key=full_key)
+        except handled() as error:
+            if not is_denied(error):
+                raise
+
+    def _require_bucket(self, options: S3Options) -> None:
+        """Some servers (SeaweedFS) make a missing bucket when they are written to: a typing error would go unseen."""
+        what = f"cannot write to {self.location}"
+
+        def list_one(client: Any) -> None:
+            try:
+                page = client.list_objects_v2(Bucket=self.bucket, Prefix=self._resolve(), MaxKeys=1)
+            except handled() as error:
+                if not is_denied(error):  # keys that may write need not be allowed to list
+                    raise
+            else:
+                require_s3(page, what)
+
+        ask(options, what, list_one)
+
+    def _impatient_options(self) -> S3Options:
+        """For the checks: an answer now, not after the patience that a run of hours has."""
+        return replace(
+            self.options,
+            connect_timeout_s=min(self.options.connect_timeout_s, 5.0),
+            read_timeout_s=min(self.options.read_timeout_s, 10.0),
+            max_attempts=min(self.options.max_attempts, 2),
+            max_outage_s=0.0,
+        )
+
+    def _resolve(self, options: S3Options | None = None) -> str:
         """What every full key here starts with: "" or a folder with its "/". Asks the server at most once."""
         if self._base is None:
             single = False
-            try:
-                (client or self._client()).head_object(Bucket=self.bucket, Key=self.prefix)
+            # Keys that may only list, or only write, are refused here. Bad keys are too, but what comes next says it
+            # better.
+            with suppress(ObjectNotFoundError, ObjectAccessDeniedError):
+                head(options or self.options, self.bucket, self.prefix, f"cannot look up {self.location}")
                 single = True
-            except handled() as error:
-                # Keys that may only list, or only write, are refused here. Bad keys are too, but what comes next says
-                # it better.
-                if not is_missing(error) and not is_denied(error):
-                    raise storage_error(error, f"cannot look up {self.location}") from error
             folder, _, name = self.prefix.rpartition("/")
             if single:
                 self._single = name
@@ -233,58 +245,51 @@ class S3Store(Store):
     def _full_key(self, key: str) -> str | None:
         """None where S3 cannot have such a key."""
         full_key = self._resolve() + key
-        try:
-            num_bytes = len(full_key.encode())
-        except UnicodeEncodeError:
-            return None
-        return full_key if key and num_bytes <= 1024 else None
+        return full_key if key and is_key(full_key) else None
 
-    def _single_object(self, prefix: str) -> Iterator[ObjectInfo]:
-        if self._single is None or not self._single.startswith(prefix):
-            return
-        try:
-            head = self._client().head_object(Bucket=self.bucket, Key=self.prefix)
-        except handled() as error:
-            raise storage_error(error, f"cannot look up {self.location}") from error
-        yield ObjectInfo(self._single, self.location, head["ContentLength"], head.get("ETag", "").strip('"'))
+    def _key_to_write(self, key: str) -> tuple[str, str]:
+        """The full key, and what to say if it cannot be written."""
+        full_key, what = self._full_key(key), f"cannot write {self.uri(key)!r}"
+        if self._single is not None:
+            raise StorageError(f"cannot write below {self.location}: there is an object with this name, not a folder")
+        if full_key is None:
+            raise StorageError(f"{what}: this is no possible S3 key")
+        return full_key, what
 
-    def _pages(self, prefix: str, **settings: str) -> Iterator[dict[str, Any]]:
-        what = f"cannot list {self.location}"
-        full_prefix = self._resolve() + prefix
-        pages = (
-            self._client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full_prefix, **settings)
+    def _single_object(self, name: str) -> ObjectInfo:
+        what = f"cannot look up {self.location}"
+        try:
+            found = head(self.options, self.bucket, self.prefix, what)
+        except ObjectNotFoundError as error:
+            raise NotFoundError(str(error)) from error
+        except ObjectAccessDeniedError as error:
+            raise CredentialsError(str(error)) from error
+        return ObjectInfo(
+            name,
+            self.location,
+            found["ContentLength"],
+            found.get("ETag", "").strip('"'),
+            found.get("StorageClass", ""),
         )
-        try:
-            for page in pages:
-                _require_s3(page, what)
-                yield page
-        except handled() as error:
-            raise storage_error(error, what) from error
 
-    def _objects(self, page: dict[str, Any]) -> Iterator[ObjectInfo]:
-        base = self._resolve()
-        for each in page.get("Contents", ()):
-            full_key, size = each["Key"], each["Size"]
-            key = full_key[len(base) :]
-            if full_key.endswith("/") and size == 0:  # what S3 consoles make for an empty folder
-                continue
-            # SeaweedFS reads `a//` as `a/`: what it lists then is not below the prefix.
-            if not full_key.startswith(base) or key.rpartition("/")[2].startswith(TEMPORARY_PREFIX):
-                continue
-            yield ObjectInfo(key, f"s3://{self.bucket}/{full_key}", size, each.get("ETag", "").strip('"'))
-
-    def _may_read(self, client: Any, full_key: str) -> bool:
+    def _may_read(self, options: S3Options, full_key: str) -> bool:
         try:
-            client.head_object(Bucket=self.bucket, Key=full_key)
-        except handled() as error:
-            if is_denied(error):
-                return False
-            if not is_missing(error):
-                raise storage_error(error, f"cannot read {self.location}") from error
+            head(options, self.bucket, full_key, f"cannot read {self.location}")
+        except ObjectAccessDeniedError:
+            return False
+        except ObjectNotFoundError:  # deleted meanwhile
+            pass
         return True
 
 
-def _require_s3(page: dict[str, Any], what: str) -> None:
-    """boto3 takes any web page for an empty listing; a real one repeats the bucket's name or counts its keys."""
-    if "Name" not in page and "KeyCount" not in page:
-        raise not_s3(what)
+def is_bucket(name: str) -> bool:
+    """Whether a bucket can have this name."""
+    return _BUCKET.fullmatch(name) is not None
+
+
+def is_key(name: str) -> bool:
+    """Whether an object can have this key."""
+    try:
+        return 0 < len(name.encode()) <= MAX_KEY_BYTES
+    except UnicodeEncodeError:
+        return False

@@ -7,12 +7,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +19,22 @@ import ray
 from PIL import Image
 
 from raycap import cli
-from raycap.bulk.config import CaptionConfig
-from raycap.bulk.layout import CHUNK_ROWS, RUN, SUMMARY, chunk_key, num_chunks, part_key
-from raycap.bulk.on_ray import _CaptionActor, caption
+from raycap.bulk.config import CaptionConfig, Selection
+from raycap.bulk.layout import CHUNK_ROWS, RUN, SUMMARY, Round, num_chunks, part_key
+from raycap.bulk.on_ray import _CaptionActor
 from raycap.bulk.report import REPORT
 from raycap.bulk.rows import OUTPUT_SCHEMA
+from raycap.bulk.run import caption
 from raycap.errors import ConfigurationError, NotFoundError, StorageError
 from raycap.model.bundle import Bundle
 from tests.bundles import WORDS, random_bundle
+from tests.commands import Command, check_one_line, wait_until
 from tests.hostile import encode, hostile_files
 from tests.s3 import S3Keys, S3Server
 
 pytestmark = pytest.mark.integration
 
+FIRST = Round(0)
 NUM_GOOD = 2 * CHUNK_ROWS  # with the hostile files, three chunks
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 180
@@ -73,7 +71,7 @@ def summary_of(output: Path) -> dict[str, Any]:
 
 
 def chunk_times(output: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (output / "_raycap/chunks").iterdir()}
+    return {path.name: path.stat().st_mtime_ns for path in (output / FIRST.chunks).iterdir()}
 
 
 def check_codes(rows: list[dict[str, Any]], expected: dict[str, str]) -> None:
@@ -98,7 +96,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(source: Path, tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> CaptionConfig:
     output = tmp_path_factory.mktemp("finished")
-    return CaptionConfig(source=str(source), output=str(output), model=tiny_bundle, all_files=True)
+    return CaptionConfig(source=str(source), output=str(output), model=tiny_bundle, selection=Selection(all_files=True))
 
 
 @pytest.fixture(scope="module")
@@ -194,20 +192,20 @@ def test_only_missing_chunks_are_done_again(copy: CaptionConfig, finished: Path)
     output = Path(copy.output)
     shutil.rmtree(output / "captions")
     (output / SUMMARY).unlink()
-    (output / chunk_key(1)).unlink()
+    (output / FIRST.chunk(1)).unlink()
     before = chunk_times(output)
     caption(copy)
     after = chunk_times(output)
-    assert {name for name in after if after[name] != before.get(name)} == {Path(chunk_key(1)).name}
+    assert {name for name in after if after[name] != before.get(name)} == {Path(FIRST.chunk(1)).name}
     assert rows_of(output) == rows_of(finished)
     assert summary_of(output)["counts"] == summary_of(finished)["counts"]
 
 
 def test_run_that_died_while_joining_leaves_no_stale_files(copy: CaptionConfig, finished: Path) -> None:
     output = Path(copy.output)
-    for rows_per_file, num_files in ((CHUNK_ROWS, 3), (100_000, 1)):
+    for file_size_mb, num_files in ((1e-3, 3), (128, 1)):
         (output / SUMMARY).unlink()
-        caption(replace(copy, rows_per_file=rows_per_file))
+        caption(replace(copy, file_size_mb=file_size_mb))
         assert len(list((output / "captions").iterdir())) == num_files
         assert rows_of(output) == rows_of(finished)
 
@@ -215,8 +213,8 @@ def test_run_that_died_while_joining_leaves_no_stale_files(copy: CaptionConfig, 
 def test_damaged_chunk_stops_the_run_by_name(copy: CaptionConfig) -> None:
     output = Path(copy.output)
     (output / SUMMARY).unlink()
-    (output / chunk_key(2)).write_bytes(b"damaged")
-    with pytest.raises(StorageError, match=f"{chunk_key(2)}: not a Parquet file any more") as raised:
+    (output / FIRST.chunk(2)).write_bytes(b"damaged")
+    with pytest.raises(StorageError, match=f"{FIRST.chunk(2)}: not a Parquet file any more") as raised:
         caption(copy)
     assert type(raised.value) is StorageError  # not what Ray wraps it in
     assert not (output / SUMMARY).exists()
@@ -225,9 +223,9 @@ def test_damaged_chunk_stops_the_run_by_name(copy: CaptionConfig) -> None:
 def test_storage_error_of_a_worker_is_told_as_it_is(copy: CaptionConfig) -> None:
     output = Path(copy.output)
     (output / SUMMARY).unlink()
-    (output / chunk_key(2)).unlink()
-    (output / "_raycap/manifest/00000.parquet").write_bytes(b"damaged")
-    with pytest.raises(StorageError, match=r"00000\.parquet: not a manifest shard") as raised:
+    (output / FIRST.chunk(2)).unlink()
+    (output / FIRST.shard(0, 0)).write_bytes(b"damaged")
+    with pytest.raises(StorageError, match=r"00000-00000\.parquet: not a manifest shard") as raised:
         caption(copy)
     assert type(raised.value) is StorageError
 
@@ -240,7 +238,7 @@ def test_other_settings_are_refused(copy: CaptionConfig, tmp_path: Path) -> None
         "model_id": replace(copy, model=other_model),
         "decoding": replace(copy, beam_size=1),
         "limits": replace(copy, max_bytes=1000),
-        "all_files": replace(copy, all_files=False),
+        "selection": replace(copy, selection=Selection()),
         "source": replace(copy, source=str(other_source)),
     }.items():
         with pytest.raises(ConfigurationError, match=f"other settings: {name} was .*choose another output"):
@@ -265,75 +263,6 @@ def test_output_that_is_the_source_is_refused(source: Path, config: CaptionConfi
 # The command as a process of its own
 
 
-class Command:
-    """`python -m raycap ...` in its own session. All processes that it starts carry a mark, so none goes unseen."""
-
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        self.mark = f"RAYCAP_TEST_COMMAND={uuid.uuid4()}"
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_"))}
-        name, _, value = self.mark.partition("=")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "raycap", *arguments],
-            cwd=ROOT,
-            env=environment | {name: value, "OMP_NUM_THREADS": "1"} | (env or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # A shell's background jobs ignore Ctrl-C, and so would their children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    def finish(self) -> tuple[int, str, str]:
-        """Exit code, standard output, standard error."""
-        out, err = self.process.communicate(timeout=DEADLINE_S)
-        return self.process.returncode, out, err
-
-    def others(self) -> list[int]:
-        """Process ids of what it started and what still runs."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and int(folder.name) != self.process.pid:
-                with suppress(OSError):
-                    if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                        found.append(int(folder.name))
-        return found
-
-    def end(self) -> None:
-        for pid in (self.process.pid, *self.others()):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Command]]:
-    """Start commands; whatever they leave behind ends with the test."""
-    commands: list[Command] = []
-
-    def starter(*arguments: str, env: dict[str, str] | None = None) -> Command:
-        commands.append(Command(*arguments, env=env))
-        return commands[-1]
-
-    yield starter
-    for command in commands:
-        command.end()
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S} s: {what}"
-        time.sleep(0.02)
-
-
-def check_one_line(err: str, message: str) -> None:
-    assert err.startswith("raycap: error: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    assert message in err
-
-
 @pytest.mark.timeout(900)  # three starts of Ray
 def test_killed_and_interrupted_runs_end_in_one_row_each(
     tmp_path: Path, tiny_bundle: str, start: Callable[..., Command]
@@ -343,7 +272,7 @@ def test_killed_and_interrupted_runs_end_in_one_row_each(
     output = tmp_path / "out"
     command = ("caption", str(tmp_path / "images"), str(output), "--model", tiny_bundle)
     slowly = (*command, "--batch-size", "1")  # a signal falls into the middle of a run
-    chunks = output / "_raycap/chunks"
+    chunks = output / FIRST.chunks
 
     def num_done() -> int:
         return len(list(chunks.glob("*.parquet")))
@@ -464,7 +393,7 @@ def test_complete_output_of_another_source_is_refused(copy: CaptionConfig, tmp_p
     shutil.rmtree(Path(copy.output) / "_raycap")
     assert caption(copy).summary["status"] == "complete", "what is internal may be deleted from a finished output"
     write_all(tmp_path / "others", good_pictures(1))
-    with pytest.raises(ConfigurationError, match="complete for another source"):
+    with pytest.raises(ConfigurationError, match="other settings: source was"):
         caption(replace(copy, source=str(tmp_path / "others")))
 
 

@@ -18,7 +18,7 @@ from raycap.errors import (
     ObjectNotFoundError,
     StorageError,
 )
-from raycap.storage import ObjectInfo, S3Options, Store, open_store, read_bytes, s3, write_bytes
+from raycap.storage import ObjectInfo, S3Options, Span, Store, open_store, read_bytes, s3, write_bytes
 from tests.s3 import S3Keys, S3Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_aws_settings")]
@@ -94,8 +94,7 @@ def test_a_prefix_is_a_folder(bucket: str) -> None:
         store = open_store(location)
         assert [info.key for info in store.list()] == ["1", "deep/2"]
         assert [info.key for info in store.list("deep/")] == ["deep/2"]
-        level = [each if isinstance(each, str) else each.key for each in store.list_level()]
-        assert sorted(level) == ["1", "deep/"]
+        assert [info.key for info in store.list_span(Span(level=True))] == ["1"]
         assert store.read("deep/2") == b"photos/deep/2"
         store.check_readable()
         store.check_writable()
@@ -106,7 +105,7 @@ def test_a_prefix_that_is_an_object_is_that_object(bucket: str) -> None:
     fill(open_store(f"s3://{bucket}"), ["a/photo.jpg", "a/photo.jpg.bak"])
     store = open_store(f"s3://{bucket}/a/photo.jpg")
     (info,) = store.list()
-    assert info == ObjectInfo("photo.jpg", f"s3://{bucket}/a/photo.jpg", 11, info.etag)
+    assert info == ObjectInfo("photo.jpg", f"s3://{bucket}/a/photo.jpg", 11, info.etag, info.storage_class)
     assert pickle.loads(pickle.dumps(store)).read("photo.jpg") == b"a/photo.jpg"
     assert open_store(f"s3://{bucket}/a/photo.jpg").read("photo.jpg") == b"a/photo.jpg"
     store.check_readable()
@@ -114,11 +113,13 @@ def test_a_prefix_that_is_an_object_is_that_object(bucket: str) -> None:
         store.check_writable()
 
 
-def test_folder_markers_are_not_objects(s3_server: S3Server, bucket: str) -> None:
+def test_folder_markers_are_objects_but_for_that_of_the_root(s3_server: S3Server, bucket: str) -> None:
     s3_server.client().put_object(Bucket=bucket, Key="empty/", Body=b"")
     s3_server.client().put_object(Bucket=bucket, Key="full/", Body=b"")
     open_store(f"s3://{bucket}/full").write("1", b"1")
-    assert [info.key for info in open_store(f"s3://{bucket}").list()] == ["full/1"]
+    infos = list(open_store(f"s3://{bucket}").list())
+    assert [(info.key, info.size) for info in infos] == [("empty/", 0), ("full/", 0), ("full/1", 1)]
+    assert [info.key for info in open_store(f"s3://{bucket}/full").list()] == ["1"]
     assert list(open_store(f"s3://{bucket}/empty").list()) == []
 
 

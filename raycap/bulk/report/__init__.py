@@ -1,14 +1,16 @@
 """An output of `raycap caption` -> report.html: a gallery of captioned images, the failures, plots and rates.
 
-    captions/*.parquet --stream--> Digest (counts, histograms, top captions and words, a random sample)
+    captions/*.parquet --stream--> Digest (counts, histograms, times, top captions and words, a random sample)
     the sample's URIs  --fetch---> tiles: small JPEGs inside the page
     Digest + tiles + summary.json -> report.html.j2 -> one file that asks no network for anything
 
-Memory is bounded by the size of one file, whatever the number of rows. The images are read again, since the output
+Memory is bounded by the size of one file, whatever the number of rows. Of an unfinished run, at most
+`MAX_CHUNKS` of its finished chunks are read, drawn at random. The images are read again, since the output
 holds none of them; one that has gone or changed meanwhile becomes a tile that says so. Knows nothing
 of Ray, torch or the model.
 
     digest.py       rows -> Digest
+    timeline.py     times of the captions -> throughput over time
     tiles.py        rows of the sample -> thumbnails
     page.py         Digest + tiles -> HTML
     report.html.j2  the page's template, with its style and script
@@ -18,15 +20,16 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Iterator
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycap.bulk.layout import CAPTIONS_PREFIX, CHUNKS_PREFIX, RUN, SUMMARY
+from raycap.bulk.layout import CAPTIONS_PREFIX, RUN, SUMMARY, Round, part_number
 from raycap.bulk.report.digest import Digest
-from raycap.bulk.report.page import render
+from raycap.bulk.report.page import Coverage, render
 from raycap.bulk.report.tiles import make_tiles
 from raycap.errors import ConfigurationError, NotFoundError, ObjectError, ObjectNotFoundError, StorageError
 from raycap.images import ImageLimits
@@ -43,6 +46,8 @@ _COLUMNS: Final = (
     *("width", "height", "model_id", "captioned_at"),
 )
 _BATCH_ROWS: Final = 65_536
+MAX_CHUNKS: Final = 1000
+"""Chunk files of an unfinished run that are read: 256,000 rows, some ten seconds of small requests to S3."""
 
 
 def write_report(output: str, *, s3: S3Options = _DEFAULT_S3, max_images: int = 200, seed: int = 0) -> str:
@@ -62,26 +67,47 @@ def write_report(output: str, *, s3: S3Options = _DEFAULT_S3, max_images: int = 
     store = open_store(output, s3)
     summary = _read_json(store, SUMMARY)
     settings = _read_json(store, RUN)
-    keys = _caption_files(store, output, finished=bool(summary))
+    keys, coverage = _files(store, output, summary, settings, seed)
     digest = Digest(max_images=max_images, seed=seed)
     for key in keys:
         for batch in _batches(store, key):
             digest.add(batch)
     tiles = make_tiles(digest.sample.rows(), s3, _limits(settings))
-    store.write(REPORT, render(output, summary, settings, digest, tiles).encode(errors="replace"))
+    store.write(REPORT, render(output, summary, settings, coverage, digest, tiles).encode(errors="replace"))
     return store.uri(REPORT)
 
 
-def _caption_files(store: Store, output: str, *, finished: bool) -> list[str]:
-    """The files in captions/; while the run goes on, its finished chunks, which are ahead of them."""
+def _files(
+    store: Store, output: str, summary: dict[str, Any], settings: dict[str, Any], seed: int
+) -> tuple[list[str], Coverage]:
+    """What to read: captions/, or while the first round goes on, its finished chunks, which are ahead of them."""
     what = f"{output} is not an output of raycap caption: no captions/ here"
+    round_ = Round(settings.get("round") or 0)
     try:
-        for prefix in (CAPTIONS_PREFIX, CHUNKS_PREFIX) if finished else (CHUNKS_PREFIX, CAPTIONS_PREFIX):
-            if keys := [info.key for info in store.list(prefix) if info.key.endswith(".parquet")]:
-                return keys
+        if not summary and not round_.number:
+            chunks = (info.key for info in store.list(round_.chunks) if round_.chunk_number(info.key) is not None)
+            keys, num_files = _draw(chunks, MAX_CHUNKS, seed)
+            if keys:
+                return keys, Coverage(num_files=num_files, num_read=len(keys))
+        keys = [info.key for info in store.list(CAPTIONS_PREFIX) if part_number(info.key) is not None]
     except NotFoundError as error:
         raise ConfigurationError(f"{what} ({error})") from error
-    raise ConfigurationError(what)
+    if not keys:
+        raise ConfigurationError(what)
+    later_round = (summary.get("round") or 0) < round_.number
+    return keys, Coverage(num_files=len(keys), num_read=len(keys), later_round=later_round)
+
+
+def _draw(keys: Iterator[str], most: int, seed: int) -> tuple[list[str], int]:
+    """At most so many of the keys at random (Vitter 1985, algorithm R), sorted; and how many there were."""
+    chance, num_keys = random.Random(seed), 0
+    drawn: list[str] = []
+    for num_keys, key in enumerate(keys, start=1):
+        if len(drawn) < most:
+            drawn.append(key)
+        elif (place := chance.randrange(num_keys)) < most:
+            drawn[place] = key
+    return sorted(drawn), num_keys
 
 
 def _read_json(store: Store, key: str) -> dict[str, Any]:

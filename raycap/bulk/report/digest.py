@@ -6,11 +6,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
+from hashlib import blake2b
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from raycap.bulk.report.timeline import Timeline
 
 LONGEST_CAPTION: Final = 40
 """Words; the last bin of the lengths holds the longer ones too."""
@@ -19,6 +22,7 @@ CONFIDENCE_STEPS: Final = 1000
 
 _NUM_FAILED_KEYS: Final = 20
 _COUNTER_CAPACITY: Final = 100_000
+_DISTINCT_CAPACITY: Final = 40_000
 
 
 class TopCounter:
@@ -42,6 +46,45 @@ class TopCounter:
             floor = sorted(self.counts.values(), reverse=True)[self.capacity]
             self.counts = Counter({value: count - floor for value, count in self.counts.items() if count > floor})
             self.error += floor
+
+
+class Distinct:
+    """How many different values there are, and how many occur once, in bounded memory (Gibbons 2001).
+
+    Values are kept by a digest of themselves, so all occurrences of one are kept and counted, or none. When more than
+    `capacity` are, those with the larger digests go: the others are a fair sample of the different values.
+    """
+
+    def __init__(self, capacity: int = _DISTINCT_CAPACITY) -> None:
+        self.capacity = capacity
+        self._share = 1.0
+        self._counts: Counter[float] = Counter()
+
+    def add(self, values: pa.ChunkedArray) -> None:
+        """Take in every value of a string column; nulls are no values."""
+        tally = values.drop_null().value_counts()
+        for value, count in zip(tally.field("values").to_pylist(), tally.field("counts").to_pylist(), strict=True):
+            place = int.from_bytes(blake2b(value.encode(), digest_size=8).digest()) / 2**64
+            if place < self._share:
+                self._counts[place] += count
+        while len(self._counts) > self.capacity:
+            self._share /= 2
+            self._counts = Counter({place: count for place, count in self._counts.items() if place < self._share})
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether the numbers are estimates: with the default capacity, within about 1% of the different values."""
+        return self._share < 1
+
+    @property
+    def num_values(self) -> int:
+        """Different values."""
+        return round(len(self._counts) / self._share)
+
+    @property
+    def num_unique(self) -> int:
+        """Values that occur once."""
+        return round(sum(count == 1 for count in self._counts.values()) / self._share)
 
 
 class Sample:
@@ -86,8 +129,10 @@ class Digest:
     def __init__(self, *, max_images: int, seed: int) -> None:
         self.sample = Sample(max_images, seed)
         self.captions, self.words, self.models = TopCounter(), TopCounter(), TopCounter()
+        self.distinct = Distinct()
+        self.timeline = Timeline()
         self.failures: dict[tuple[str, str], Failures] = {}
-        self.num_ok = self.num_rows = self.num_bytes = 0
+        self.num_ok = self.num_rows = self.num_bytes = self.num_sized = 0
         self.lengths = np.zeros(LONGEST_CAPTION + 1, np.int64)
         self.confidences = np.zeros(CONFIDENCE_STEPS, np.int64)
         self.first_at: datetime | None = None
@@ -97,6 +142,7 @@ class Digest:
         """Take in the next rows."""
         self.num_rows += rows.num_rows
         self.num_bytes += pc.sum(rows["size"]).as_py() or 0
+        self.num_sized += rows.num_rows - rows["size"].null_count
         self.models.add(rows["model_id"])
         times = pc.min_max(rows["captioned_at"]).as_py()
         self.first_at = min(filter(None, (self.first_at, times["min"])), default=None)
@@ -114,7 +160,9 @@ class Digest:
             return
         self.num_ok += rows.num_rows
         self.sample.add(rows)
+        self.timeline.add(rows["captioned_at"])
         self.captions.add(rows["caption"])
+        self.distinct.add(rows["caption"])
         words = pc.utf8_split_whitespace(pc.utf8_lower(pc.fill_null(rows["caption"], "")))
         plain = pc.utf8_trim(pc.list_flatten(words), characters="‘’“”\"'.,;:!?()")
         self.words.add(plain.filter(pc.not_equal(plain, "")))

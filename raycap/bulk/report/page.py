@@ -18,10 +18,13 @@ import numpy as np
 import raycap
 from raycap.bulk.report.digest import CONFIDENCE_STEPS, LONGEST_CAPTION, Digest, TopCounter, confidence
 from raycap.bulk.report.tiles import Tile
+from raycap.bulk.report.timeline import plot_rates
 
 _NUM_TOP_CAPTIONS: Final = 10
 _NUM_TOP_WORDS: Final = 24
 _CONFIDENCE_BARS: Final = 20
+_NUM_EXAMPLES: Final = 6
+"""Images of the gallery beside each frequent caption."""
 
 _LITTLE_WORDS: Final = """
     a an the and or but of to in into on onto at by with without from for as over under up down off out through near
@@ -32,7 +35,26 @@ _STOPWORDS: Final = frozenset(_LITTLE_WORDS.split())
 """Words that say little of what a picture shows: left out of the list of frequent words, counted everywhere else."""
 
 
-def render(output: str, summary: dict[str, Any], settings: dict[str, Any], digest: Digest, tiles: list[Tile]) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """How much of the output the page is made of."""
+
+    num_files: int
+    """Caption files there are."""
+    num_read: int
+    """Those that were read."""
+    later_round: bool = False
+    """Whether a round of --update or --retry-failed has not finished; its captions are left out."""
+
+
+def render(
+    output: str,
+    summary: dict[str, Any],
+    settings: dict[str, Any],
+    coverage: Coverage,
+    digest: Digest,
+    tiles: list[Tile],
+) -> str:
     """The page. `summary` and `settings` are the run's summary.json and configuration, {} where there is none yet."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -41,12 +63,15 @@ def render(output: str, summary: dict[str, Any], settings: dict[str, Any], diges
         "bytes": _bytes_text,
         "count": lambda value: f"{value:,}",
         "csp_hash": lambda text: "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode(),
+        "clock": lambda value: value.strftime("%H:%M:%S"),
         "duration": _duration_text,
+        "rate": lambda value: f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}",
         "share": _share_text,
         "time": _time_text,
     }
     template = environment.from_string((files("raycap.bulk.report") / "report.html.j2").read_text(encoding="utf-8"))
-    failures = sorted(digest.failures.values(), key=lambda each: (each.status, -each.count, each.code))
+    failures = sorted(digest.failures.values(), key=lambda each: (-each.count, each.code))
+    views = [_tile_view(number, tile) for number, tile in enumerate(tiles)]
     return template.render(
         summary=summary,
         output=output,
@@ -57,13 +82,16 @@ def render(output: str, summary: dict[str, Any], settings: dict[str, Any], diges
         digest=digest,
         num_failed=digest.num_rows - digest.num_ok - digest.count("skipped"),
         num_skipped=digest.count("skipped"),
-        failures=failures,
-        tiles=[_tile_view(tile) for tile in tiles],
+        failures={
+            "Failed": [each for each in failures if each.status != "skipped"],
+            "Skipped": [each for each in failures if each.status == "skipped"],
+        },
+        coverage=coverage,
+        tiles=views,
+        rates=plot_rates(digest.timeline, coverage.num_files / coverage.num_read),
         lengths=_length_plot(digest.lengths),
         confidences=_confidence_plot(digest.confidences),
-        top_captions=[
-            (text, count) for text, count in digest.captions.counts.most_common(_NUM_TOP_CAPTIONS) if count > 1
-        ],
+        top_captions=_top_captions(digest.captions, views),
         top_words=_top_words(digest.words),
         stages=_stages(summary.get("stage_s")),
         settings=json.dumps(settings, indent=2, ensure_ascii=False) if settings else "",
@@ -72,15 +100,27 @@ def render(output: str, summary: dict[str, Any], settings: dict[str, Any], diges
     )
 
 
-def _tile_view(tile: Tile) -> dict[str, Any]:
+def _tile_view(number: int, tile: Tile) -> dict[str, Any]:
     row = tile.row
     others = row["alternatives"] or []
     return {
+        "number": number,
         "tile": tile,
         "row": row,
         "confidence": confidence(row["caption"], row["log_prob"]),
         "alternatives": [(each["caption"], confidence(each["caption"], each["log_prob"])) for each in others],
     }
+
+
+def _top_captions(
+    captions: TopCounter, views: list[dict[str, Any]]
+) -> list[tuple[str, int, list[dict[str, Any]], int]]:
+    """Caption, how many images have it, some of them in the gallery, and how many there are in it."""
+    same: dict[str, list[dict[str, Any]]] = {}
+    for view in views:
+        same.setdefault(view["tile"].row["caption"], []).append(view)
+    top = [(text, count) for text, count in captions.counts.most_common(_NUM_TOP_CAPTIONS) if count > 1]
+    return [(text, count, same.get(text, [])[:_NUM_EXAMPLES], len(same.get(text, []))) for text, count in top]
 
 
 def _top_words(words: TopCounter) -> list[tuple[str, int, float]]:

@@ -1,0 +1,198 @@
+"""`raycap plan`: what captioning a source would take. Lists it, captions a small sample in this process, multiplies.
+
+Writes nothing, starts no Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from raycap.bulk import commit
+from raycap.bulk.config import PlanConfig
+from raycap.bulk.layout import CHUNK_ROWS, SHARD_ROWS
+from raycap.bulk.manifest import WORK_SCHEMA
+from raycap.bulk.progress import duration_text
+from raycap.bulk.rows import Fetcher, caption_rows
+from raycap.bulk.sources import Source, SourceRow, open_source
+from raycap.errors import ConfigurationError, NotFoundError
+from raycap.images import ImageLimits
+from raycap.model.captioner import Captioner
+
+_BATCH_SIZE: Final = 32
+_KEYS_PER_LIST_REQUEST: Final = 1000
+_DECODING_SHARE: Final = 0.25
+"""Of the cores, kept for fetching where there are no GPUs: see resources.py."""
+
+
+@dataclass(kw_only=True)
+class _Listing:
+    """Counts over the listing, and a random sample of the objects that would be tried."""
+
+    num_objects: int = 0
+    num_bytes: int = 0
+    skips: Counter[str] = field(default_factory=Counter)
+    sample: list[SourceRow] = field(default_factory=list)
+    is_whole: bool = True
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """The numbers, also printed. Raises ConfigurationError or StorageError for a source that cannot be read."""
+    source = open_source(config.source, config.selection, config.s3)
+    source.check()
+    captioner = Captioner.load(config.model, s3=config.s3)
+    listing = _list(source, config)
+    result = _multiplied(config, listing, _measured(source, captioner, listing.sample))
+    result = {"source": source.location, "model_id": captioner.model_id, **result}
+    if config.json:
+        Console(soft_wrap=True).print_json(data=result)
+    else:
+        Console().print(_table(result))
+    return result
+
+
+def _list(source: Source, config: PlanConfig) -> _Listing:
+    """Streams the listing; the sample is drawn as it goes by (reservoir sampling)."""
+    listing, draw, num_tried = _Listing(), random.Random(0), 0
+    for span in source.spans(1):
+        for row in source.rows(span):
+            if listing.num_objects == config.max_list:
+                listing.is_whole = False
+                return listing
+            listing.num_objects += 1
+            listing.num_bytes += row.size or 0
+            if row.skip is not None:
+                listing.skips[row.skip] += 1
+                continue
+            num_tried += 1
+            if len(listing.sample) < config.num_samples:
+                listing.sample.append(row)
+            elif (place := draw.randrange(num_tried)) < config.num_samples:
+                listing.sample[place] = row
+    if not listing.num_objects:
+        raise NotFoundError(f"{source.location}: there are no objects here; check the path, prefix and selection")
+    return listing
+
+
+def _measured(source: Source, captioner: Captioner, sample: list[SourceRow]) -> dict[str, Any]:
+    """Seconds an image for each stage with one thread, and how the sample fared."""
+    if not sample:
+        raise ConfigurationError(f"{source.location}: every listed object would be skipped; see --all-files")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        fetcher = Fetcher(
+            reader=source.reader,
+            reads_by=source.reads_by,
+            preprocessing=captioner.preprocessing,
+            limits=ImageLimits(),
+            requests_in_flight=16,
+        )
+        fetched = fetcher(_work(sample))
+        size = captioner.preprocessing.size_px
+        captioner.caption_array(np.zeros((1, size, size, 3), np.uint8))  # the first call sets things up
+        tally = commit.tally(caption_rows(fetched, captioner, batch_size=_BATCH_SIZE))
+    finally:
+        torch.set_num_threads(num_threads)
+    return {
+        "num_sampled": len(sample),
+        "sample_bytes": tally.num_bytes,
+        "sample_counts": dict(tally.counts),
+        "sample_errors": dict(tally.errors),
+        "seconds_per_image": {
+            name.removesuffix("_s"): round(seconds / len(sample), 5) for name, seconds in tally.stage_s.items()
+        },
+        "device": str(captioner.device),
+    }
+
+
+def _work(sample: list[SourceRow]) -> pa.Table:
+    columns: dict[str, Any] = {name: [getattr(row, name) for row in sample] for name in WORK_SCHEMA.names[2:]}
+    return pa.table({"position": range(len(sample)), "row_id": range(len(sample)), **columns}, schema=WORK_SCHEMA)
+
+
+def _multiplied(config: PlanConfig, listing: _Listing, measured: dict[str, Any]) -> dict[str, Any]:
+    scale = (config.num_objects or listing.num_objects) / listing.num_objects
+    num_objects = round(listing.num_objects * scale)
+    num_skipped = round(listing.skips.total() * scale)
+    num_tried = num_objects - num_skipped
+    known_bytes = listing.num_bytes or measured["sample_bytes"] / measured["num_sampled"] * listing.num_objects
+    num_cpus = config.num_cpus or os.cpu_count() or 1
+    seconds = measured["seconds_per_image"]
+    on_gpus = config.num_gpus > 0
+    if on_gpus:
+        per_gpu = config.gpu_images_per_s
+        if per_gpu is None and measured["device"].startswith("cuda"):
+            per_gpu = 1 / seconds["caption"]
+        if per_gpu is None:
+            raise ConfigurationError(
+                "this machine has no GPU to measure: give --gpu-images-per-s, for instance from raycap benchmark there"
+            )
+        captioning, fetching_cpus = config.num_gpus * per_gpu, float(num_cpus)
+    else:
+        captioning = num_cpus / (seconds["caption"] + seconds["decode"])  # both on the same cores
+        fetching_cpus = num_cpus * _DECODING_SHARE
+    decoding = fetching_cpus / max(1e-6, seconds["decode"])
+    rate = min(captioning, decoding) if on_gpus else captioning
+    hours = num_tried / rate / 3600
+    num_gets = num_tried + 2 * num_tried / CHUNK_ROWS
+    num_puts = num_objects / _KEYS_PER_LIST_REQUEST + num_objects / CHUNK_ROWS + num_objects / SHARD_ROWS
+    requests_price = num_gets / 1000 * config.price_per_1000_gets + num_puts / 1000 * config.price_per_1000_puts
+    return {
+        "listing_is_whole": listing.is_whole,
+        "num_listed": listing.num_objects,
+        "num_objects": num_objects,
+        "num_bytes": round(known_bytes * scale),
+        "num_skipped": num_skipped,
+        "skips": dict(listing.skips),
+        **measured,
+        "num_cpus": num_cpus,
+        "num_gpus": config.num_gpus,
+        "images_per_s": round(rate, 1),
+        "bottleneck": "decoding on the CPUs" if on_gpus and decoding < captioning else "captioning",
+        "hours": round(hours, 3),
+        "cpu_hours": round(hours * num_cpus, 3),
+        "gpu_hours": round(hours * config.num_gpus, 3),
+        "cost": None if config.price_per_hour is None else round(hours * config.price_per_hour, 2),
+        "num_get_requests": round(num_gets),
+        "num_put_and_list_requests": round(num_puts),
+        "requests_cost": round(requests_price, 2),
+    }
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    at_least = "" if result["listing_is_whole"] or result["num_objects"] > result["num_listed"] else "at least "
+    table.add_row("source", result["source"])
+    table.add_row("objects", f"{at_least}{result['num_objects']:,}, {result['num_bytes'] / 1e9:,.2f} GB")
+    if not result["listing_is_whole"]:
+        table.add_row("", f"the listing stopped after {result['num_listed']:,}; --max-list and --num-objects say more")
+    for code, count in result["skips"].items():
+        table.add_row("not tried", f"{count:,} of the listed: {code}")
+    failed = ", ".join(f"{count} {code}" for code, count in result["sample_errors"].items())
+    table.add_row("sample", f"{result['num_sampled']} captioned on {result['device']}; failed: {failed or 'none'}")
+    stages = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in result["seconds_per_image"].items())
+    table.add_row("ms an image", f"{stages} (one thread)")
+    table.add_row("cluster", f"{result['num_cpus']} CPU cores, {result['num_gpus']} GPUs")
+    table.add_row("rate", f"{result['images_per_s']:,.1f} images/s, limited by {result['bottleneck']}")
+    hours = f"{duration_text(3600 * result['hours'])}; {result['cpu_hours']:,.1f} CPU-hours"
+    table.add_row("time", hours + (f", {result['gpu_hours']:,.1f} GPU-hours" if result["num_gpus"] else ""))
+    if result["cost"] is not None:
+        table.add_row("cost", f"{result['cost']:,.2f} for the cluster")
+    table.add_row(
+        "S3 requests",
+        f"{result['num_get_requests']:,} GET, {result['num_put_and_list_requests']:,} PUT and LIST: "
+        f"{result['requests_cost']:,.2f}",
+    )
+    return table

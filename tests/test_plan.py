@@ -1,0 +1,84 @@
+"""`raycap plan`: objects, hours and cost from a listing and a small sample."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from raycap.bulk.config import PlanConfig, Selection
+from raycap.bulk.plan import plan
+from raycap.errors import ConfigurationError, NotFoundError
+from tests.hostile import encode
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(12):
+        (folder / f"{number}.jpg").write_bytes(encode(Image.new("RGB", (40, 30), (number, 0, 0)), "JPEG"))
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_bytes(b"text")
+    return folder
+
+
+def planned(source: Path, bundle: str, **settings: Any) -> dict[str, Any]:
+    return plan(PlanConfig(source=str(source), model=bundle, **settings))
+
+
+def test_small_source_is_counted_and_captioned(source: Path, tiny_bundle: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+    result = planned(source, tiny_bundle, num_cpus=4)
+    assert (result["num_objects"], result["num_skipped"], result["skips"]) == (14, 1, {"other_suffix": 1})
+    assert result["num_bytes"] == sum(path.stat().st_size for path in before)
+    assert (result["num_sampled"], result["sample_counts"]) == (13, {"ok": 12, "failed": 1})
+    assert result["sample_errors"] == {"not_an_image": 1}
+    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before, "it writes nothing"
+
+
+def test_numbers_follow_from_one_another(source: Path, tiny_bundle: str) -> None:
+    result = planned(source, tiny_bundle, num_cpus=4, num_objects=14_000_000, price_per_hour=3.0)
+    seconds = result["seconds_per_image"]
+    assert result["images_per_s"] == pytest.approx(4 / (seconds["caption"] + seconds["decode"]), rel=0.02)
+    assert result["num_skipped"] == 1_000_000
+    assert result["hours"] == pytest.approx(13_000_000 / result["images_per_s"] / 3600, rel=0.01)
+    assert result["cpu_hours"] == pytest.approx(4 * result["hours"], abs=0.01)
+    assert result["cost"] == pytest.approx(3 * result["hours"], abs=0.01)
+    assert result["num_get_requests"] == pytest.approx(13_000_000 * (1 + 2 / 256), rel=1e-6)
+    puts = result["num_put_and_list_requests"]
+    assert result["requests_cost"] == pytest.approx(result["num_get_requests"] * 4e-7 + puts * 5e-6, abs=0.01)
+
+
+def test_gpus_are_planned_by_their_rate_and_the_cores_that_feed_them(source: Path, tiny_bundle: str) -> None:
+    few = planned(source, tiny_bundle, num_gpus=8, gpu_images_per_s=1e6, num_cpus=1)
+    assert few["bottleneck"] == "decoding on the CPUs"
+    assert few["images_per_s"] == pytest.approx(1 / few["seconds_per_image"]["decode"], rel=0.05)
+    many = planned(source, tiny_bundle, num_gpus=2, gpu_images_per_s=5, num_cpus=64)
+    assert (many["bottleneck"], many["images_per_s"]) == ("captioning", 10)
+    assert many["gpu_hours"] == pytest.approx(2 * many["hours"], abs=0.01)
+
+
+def test_long_listing_is_cut_and_says_so(source: Path, tiny_bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = planned(source, tiny_bundle, max_list=5)
+    assert (result["listing_is_whole"], result["num_objects"]) == (False, 5)
+    printed = capsys.readouterr().out
+    assert "at least 5" in printed
+    assert "the listing stopped after 5" in printed
+
+
+def test_sample_is_bounded_and_json_is_json(source: Path, tiny_bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = planned(source, tiny_bundle, num_samples=3, json=True, selection=Selection(include=("1*.jpg",)))
+    assert (result["num_objects"], result["num_sampled"]) == (3, 3)
+    assert json.loads(capsys.readouterr().out) == result
+
+
+def test_what_cannot_be_planned_is_one_error(source: Path, tiny_bundle: str, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="there are no objects here"):
+        planned(tmp_path, tiny_bundle)
+    with pytest.raises(ConfigurationError, match="every listed object would be skipped"):
+        planned(source, tiny_bundle, selection=Selection(include=("*.txt",)))
+    with pytest.raises(ConfigurationError, match="has no GPU to measure: give --gpu-images-per-s"):
+        planned(source, tiny_bundle, num_gpus=1)
