@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,20 @@ def connect(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS") or None
+    with _own_sigterm_handler():
+        _connect(address)
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Ray puts its own handler of SIGTERM, which ends the process by SIGABRT, in the place of the command's."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _connect(address: str | None) -> None:
     # Ray's own future default; unset, it warns in every process.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address in (None, "local"):

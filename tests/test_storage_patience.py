@@ -13,7 +13,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 
 from raycap.errors import CredentialsError, EndpointError, NotFoundError, ObjectNotFoundError, ObjectUnreadableError
-from raycap.storage import S3Options, Store, open_store
+from raycap.storage import S3Options, Store, open_store, read_bytes
 from raycap.storage.patience import Server, server_of
 from tests.answering import Answer, answering, s3_error
 
@@ -201,6 +201,12 @@ def test_checks_do_not_wait(check: str) -> None:
         getattr(patient_store(server.endpoint_url, max_outage_s=1e9), check)()
     with pytest.raises(EndpointError):
         getattr(patient_store("http://127.0.0.1:1", max_outage_s=1e9), check)()
+
+
+@pytest.mark.usefixtures("no_waits")
+def test_a_file_that_a_command_begins_with_is_not_waited_for() -> None:
+    with pytest.raises(EndpointError):
+        read_bytes("s3://bucket/a", S3Options(endpoint_url="http://127.0.0.1:1", anonymous=True, max_outage_s=1e9))
 
 
 @pytest.mark.usefixtures("no_waits")

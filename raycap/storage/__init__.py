@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from urllib.parse import unquote, urlsplit
 
 from raycap.errors import (
@@ -85,12 +86,13 @@ def open_store(location: str | os.PathLike[str], s3: S3Options = _DEFAULT_S3) ->
 
 
 def read_bytes(location: str | os.PathLike[str], s3: S3Options = _DEFAULT_S3) -> bytes:
-    """The content of the one file or object at `location`.
+    """The content of the one file or object at `location`. Commands begin with it, so it does not wait for a server
+    that is away.
 
     Raises StorageError (NotFoundError, CredentialsError, EndpointError) or ConfigurationError, never an ObjectError: a
     file that is asked for by its full path is needed.
     """
-    store, name = _parent_store(location, s3)
+    store, name = _parent_store(location, replace(s3, max_outage_s=0.0))
     try:
         return store.read(name)
     except ObjectNotFoundError as error:

@@ -116,7 +116,7 @@ def test_endpoint_down_for_good_is_one_message_and_the_run_goes_on_later(
         code, out, err = command.finish()
         assert code == cli.EXIT_USAGE
         assert out == ""
-        assert "Traceback" not in err
+        assert "Traceback" not in err, err
         errors = [line for line in err.splitlines() if line.startswith("raycap: error: ")]
         assert errors == err.splitlines()[-1:]
         assert f"{proxy.endpoint_url} refuses the connection" in errors[0]

@@ -41,7 +41,7 @@ def write_all(folder: Path, numbers: range) -> Path:
 
 
 def captions(output: str | Path) -> pd.DataFrame:
-    return pd.read_parquet(Path(output) / "captions").set_index("key")
+    return pd.read_parquet(Path(output) / "captions", dtype_backend="pyarrow").set_index("key")
 
 
 def same(left: pd.DataFrame, right: pd.DataFrame) -> bool:
@@ -77,7 +77,11 @@ def test_update_and_retry_leave_what_a_fresh_run_would(config: CaptionConfig, tm
 
     fresh = replace(config, output=str(tmp_path / "fresh"))
     caption(fresh)
-    assert same(updated.drop(columns="row_id").sort_index(), captions(fresh.output).drop(columns="row_id").sort_index())
+    wanted = captions(fresh.output).sort_index()
+    # In other batches, log-probabilities differ in the last digits; and with them, now and then, later beams.
+    by_chance = ["row_id", "log_prob", "alternatives"]
+    assert same(updated.sort_index().drop(columns=by_chance), wanted.drop(columns=by_chance))
+    assert (updated["log_prob"] - wanted["log_prob"]).abs().max() < 1e-4
     summary, expected = (json.loads((Path(each.output) / SUMMARY).read_bytes()) for each in (config, fresh))
     assert {name: summary[name] for name in ("num_objects", "counts", "num_bytes", "errors")} == {
         name: expected[name] for name in ("num_objects", "counts", "num_bytes", "errors")
