@@ -47,7 +47,13 @@ def _connect(address: str | None) -> None:
     if address in (None, "local"):
         log.info("starting Ray on this machine")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray raises no class of its own
+            reason = " ".join(str(error).split())
+            raise RaycapError(
+                f"Ray did not start on this machine: {reason}; if it was only busy, run the same command again"
+            ) from error
         return
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

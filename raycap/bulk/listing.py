@@ -62,8 +62,9 @@ def make_manifest(
 ) -> Manifest:
     """List the source into the manifest of this round; goes on with a listing that was stopped.
 
-    `on_listed` hears now and then how many objects were listed so far. With `previous`, what the output holds already, only new and changed objects are taken; then a stopped listing
-    starts again. Raises NotFoundError if the source holds no objects.
+    `on_listed` hears now and then how many objects were listed so far. With `previous`, what the output holds already,
+    only new and changed objects are taken; then a stopped listing starts again.
+    Raises NotFoundError if the source holds no objects.
     """
     if previous is not None:
         _delete_all(output, round_.folder)
