@@ -143,8 +143,8 @@ def measure(num_objects: int, csv_path: Path, every_s: float, options: list[str]
         random_bundle().save(f"{folder}/tiny")
         arguments = ("caption", endpoint.source, f"{folder}/out", "--model", f"{folder}/tiny", "--no-report")
         command = Command(*arguments, *options, env=endpoint.env())
+        sampler = Sampler(command, endpoint)
         try:
-            sampler = Sampler(command, endpoint)
             ended: list[tuple[int, str, str]] = []
             waiting = threading.Thread(target=lambda: ended.append(command.finish(deadline_s=24 * 3600)))
             waiting.start()
@@ -153,7 +153,7 @@ def measure(num_objects: int, csv_path: Path, every_s: float, options: list[str]
                 waiting.join(every_s)
         finally:
             command.end()
-        sampler.write(csv_path)
+            sampler.write(csv_path)
         code, _, err = ended[0]
         console = Console(width=120)
         console.print(err, highlight=False)

@@ -42,7 +42,6 @@ TORCH_FREE = [
     "raycap.bulk.listing",
     "raycap.bulk.export",
     "raycap.bulk.status",
-    "raycap.bulk.on_ray",
     "raycap.train.config",
     "raycap.evaluate.config",
     "raycap.evaluate.run",
@@ -106,7 +105,7 @@ def outside(*packages: str) -> list[str]:
 
 def test_the_parser_sees_imports() -> None:
     assert {"raycap.errors", "raycap.errors.RaycapError", "tyro"} <= imports_of("raycap.cli")
-    assert "raycap.bulk.on_ray.caption" in imports_of("raycap.cli")  # inside a function
+    assert "raycap.bulk.run.caption" in imports_of("raycap.cli")  # inside a function
     assert "raycap.model.captioner.Captioner" in imports_of("raycap.bulk.rows")
     assert "raycap.model.captioner.Captioner" not in imports_of("raycap.bulk.rows", run_time_only=True)
 
@@ -143,7 +142,7 @@ def test_ray_is_known_in_its_doors_alone() -> None:
 
 def test_doors_to_ray_are_opened_by_the_command_line_and_each_other_alone() -> None:
     doors = [name for name in MODULES if name.endswith(".on_ray")]
-    importers = outside("jobs", "raycap.cli", "raycap.bulk.benchmark", *doors)  # the benchmark runs the bulk job
+    importers = outside("jobs", "raycap.cli", "raycap.bulk.run", *doors)
     assert offences(importers, *doors) == []
 
 
@@ -160,6 +159,12 @@ def test_imports_neither_torch_nor_ray(name: str) -> None:
     code = f"import {name}, sys; print(*{{'torch', 'ray', 'timm', 'boto3'}} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "", "")
+
+
+def test_workers_that_only_fetch_do_not_load_torch() -> None:
+    code = "import raycap.bulk.on_ray, sys; print(*{'torch', 'timm'} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (result.returncode, result.stdout.strip()) == (0, "")
 
 
 def test_every_module_says_what_it_is() -> None:

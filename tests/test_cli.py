@@ -143,8 +143,8 @@ def test_defaults_of_the_command_are_those_of_the_config() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "{caption, train, evaluate, report, benchmark}"),
-        (["bogus"], "Unrecognized options: bogus; Available subcommands: caption, train"),
+        ([], "{caption, plan, status, export, train, evaluate, report, benchmark}"),
+        (["bogus"], "Unrecognized options: bogus; Available subcommands: caption, plan"),
         (["caption"], "Missing from raycap caption: SOURCE"),
         (["caption", "only-one"], "Missing from raycap caption: OUTPUT"),
         (["caption", "a", "b", "c"], "Unrecognized options: c"),

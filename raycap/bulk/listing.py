@@ -121,7 +121,7 @@ def _spans(source: Source, output: Store, round_: Round) -> list[Span]:
             return [Span(**span) for span in json.loads(output.read(round_.listing))]
         except (ValueError, TypeError, ObjectError) as error:
             raise StorageError(f"{output.uri(round_.listing)} was changed: {error}; choose another output") from error
-    spans = source.spans(4 * LIST_THREADS)
+    spans = source.spans(2 * LIST_THREADS)
     output.write(round_.listing, (json.dumps([asdict(span) for span in spans]) + "\n").encode())
     return spans
 

@@ -14,6 +14,8 @@ from raycap.storage.patience import ask
 from raycap.storage.spans import KeyPage, split_by_folders, split_by_keys
 
 MAX_KEY_BYTES = 1024
+_PROBE_KEYS = 100
+"""Keys that a look at one place of a listing brings: enough to know small ranges whole, at a tenth of a page's cost."""
 
 
 class Listing:
@@ -55,7 +57,8 @@ class Listing:
             yield from self._objects(page)
 
     def _keys_after(self, after: str) -> KeyPage:
-        page = self._page("", **({"StartAfter": self.base + after} if after else {}))
+        start = {"StartAfter": self.base + after} if after else {}
+        page = self._page("", MaxKeys=_PROBE_KEYS, **start)
         return KeyPage([each["Key"].removeprefix(self.base) for each in page.get("Contents", ())], page["IsTruncated"])
 
     def _skipped_folder(self, span: Span, after: str) -> Iterator[ObjectInfo]:

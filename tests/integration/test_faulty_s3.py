@@ -29,7 +29,9 @@ def bucket(s3_server: S3Server, no_aws_settings: None, monkeypatch: pytest.Monke
 
 
 def store_at(proxy: FaultyS3, bucket: str) -> Store:
-    return open_store(f"s3://{bucket}/", S3Options(endpoint_url=proxy.endpoint_url, read_timeout_s=1, max_attempts=2))
+    return open_store(
+        f"s3://{bucket}/", S3Options(endpoint_url=proxy.endpoint_url, read_timeout_s=1, max_attempts=2, max_outage_s=0)
+    )
 
 
 @pytest.fixture
