@@ -69,6 +69,16 @@ class ObjectError(RaycapError):
     code: ClassVar[str] = "failed"
 
 
+def object_error_codes() -> set[str]:
+    """All error codes that failed rows can have."""
+    pending, codes = [ObjectError], set()
+    while pending:
+        each = pending.pop()
+        codes.add(each.code)
+        pending += each.__subclasses__()
+    return codes
+
+
 class FetchError(ObjectError):
     """The bytes of one object could not be had."""
 

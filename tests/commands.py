@@ -106,12 +106,14 @@ def end_with_parent(signal_number: int) -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal_number)
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Return when `condition()` holds; fail after the deadline."""
+def wait_until(
+    condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S, *, every_s: float = 0.02
+) -> None:
+    """Return when `condition()` holds, which is looked at every so often; fail after the deadline."""
     deadline = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {deadline_s} s: {what}"
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 def check_one_line(err: str, message: str) -> None:

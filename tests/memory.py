@@ -33,7 +33,8 @@ from tests.synthetic_s3 import SyntheticS3, running_synthetic_s3
 
 _SMAPS = re.compile(r"^(Rss|Pss|Private_Clean|Private_Dirty): +(\d+) kB$", re.MULTILINE)
 _KINDS = (
-    ("ray::MapWorker", "captioning actor"),
+    ("ray::MapWorker(MapBatches(_CaptionActor", "captioning actor"),
+    ("ray::MapWorker", "committing actor"),
     ("ray::IDLE", "task worker"),
     ("ray::Read", "task worker"),
     ("ray::MapBatches", "task worker"),

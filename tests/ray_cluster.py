@@ -121,7 +121,7 @@ class RayCluster:
         log = Path(self._folder) / f"node-{len(self.nodes)}.log"
         node = Node(*arguments, num_cpus=num_cpus, env=self._node_env, log=log)
         self.nodes.append(node)
-        wait_until(node.is_up, "the start of a Ray node")
+        wait_until(node.is_up, "the start of a Ray node", every_s=0.1)
         return node
 
 

@@ -69,8 +69,12 @@ def test_bad_selections_are_refused_by_option(settings: dict[str, Any], message:
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="--update needs the whole listing"):
+    with pytest.raises(ConfigurationError, match="an output of --limit cannot be updated"):
         CaptionConfig(source="a", output="b", update=True, selection=Selection(limit=5))
+    with pytest.raises(ConfigurationError, match="fetch_faild is no error code; there are access_denied, corrupt, "):
+        CaptionConfig(source="a", output="b", retry_failed=("fetch_faild", "corrupt"))
+    with pytest.raises(ConfigurationError, match="--gpu-images-per-s must be above 0, got 0"):
+        PlanConfig(source="a", gpu_images_per_s=0)
     with pytest.raises(ConfigurationError, match="--max-actors must be at least --num-actors, got 2"):
         CaptionConfig(source="a", output="b", num_actors=3, max_actors=2)
     with pytest.raises(ConfigurationError, match="--partition-by is for --format parquet, not jsonl"):
@@ -78,7 +82,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     for name in ("num_samples", "max_list", "num_objects", "num_cpus"):
         with pytest.raises(ConfigurationError, match=f"--{name.replace('_', '-')} must be at least 1, got 0"):
             PlanConfig(source="a", **{name: 0})
-    for name in ("gpu_images_per_s", "price_per_hour", "price_per_1000_gets", "price_per_1000_puts", "num_gpus"):
+    for name in ("price_per_hour", "price_per_1000_gets", "price_per_1000_puts", "num_gpus"):
         with pytest.raises(ConfigurationError, match=f"--{name.replace('_', '-')} must not be negative, got -1"):
             PlanConfig(source="a", **{name: -1})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from raycap.bulk.listing import list_again, make_manifest
 from raycap.bulk.manifest import Manifest, ManifestReader
 from raycap.bulk.previous import Previous
 from raycap.bulk.rows import OUTPUT_SCHEMA, STAGES
-from raycap.errors import StorageError
-from raycap.storage import LocalStore
+from raycap.bulk.sources import SourceRow
+from raycap.errors import NotFoundError, StorageError
+from raycap.storage import LocalStore, Span
 from tests.outputs import FakeSource, captioned, commit_all, join, numbered
 
 NUM_ROWS = 2 * CHUNK_ROWS + 10
@@ -215,11 +217,51 @@ def test_update_without_changes_has_nothing_to_do(output: LocalStore) -> None:
     assert not output.exists(SECOND.deleted)
 
 
-def test_update_to_an_empty_source_drops_everything(output: LocalStore) -> None:
+def test_update_to_an_empty_source_is_refused(output: LocalStore) -> None:
     finished(output)
-    manifest = update(output, {})
-    assert join(output, manifest).num_rows == manifest.num_total == 0
-    assert rows_of(output) == []
+    with pytest.raises(NotFoundError, match="--update would drop all captions"):
+        update(output, {})
+    assert len(rows_of(output)) == NUM_ROWS
+
+
+def test_ids_of_deleted_rows_are_not_given_again(output: LocalStore) -> None:
+    finished(output)
+    objects = numbered(NUM_ROWS + 1)
+    del objects[f"{NUM_ROWS - 1:06d}.jpg"]
+    previous = Previous(output, next_row_id=NUM_ROWS + 7)
+    assert make_manifest(FakeSource(objects), output, SECOND, previous).first_row_id == NUM_ROWS + 7
+
+
+def test_what_was_skipped_is_done_when_it_is_no_longer(output: LocalStore) -> None:
+    manifest = make_manifest(FakeSource(numbered(5)), output, FIRST)
+    rows = chunk_table(output, manifest, 0)
+    status = rows.schema.get_field_index("status")
+    commit_chunk(rows.set_column(status, "status", pa.array(["ok", "skipped", "ok", "ok", "ok"])), output, manifest)
+    join(output, manifest)
+    assert update(output, numbered(5)).num_replaced == 1
+
+
+def test_address_that_is_named_twice_keeps_both_rows(output: LocalStore) -> None:
+    class Twice(FakeSource):
+        def _candidates(self, span: Span, after: str) -> Iterator[SourceRow]:
+            for row in super()._candidates(span, after):
+                yield row
+                yield row._replace(etag=f"old {row.etag}")
+
+    manifest = make_manifest(Twice(numbered(3)), output, FIRST)
+    commit_all(output, manifest)
+    join(output, manifest)
+    before = rows_of(output)
+    assert len(before) == 6
+    same = make_manifest(Twice(numbered(3)), output, SECOND, Previous(output))
+    assert (same.num_rows, same.num_deleted) == (0, 0)
+    changed = make_manifest(Twice(numbered(3) | {"000001.jpg": "changed"}), output, SECOND, Previous(output))
+    assert (changed.num_replaced, changed.num_new, changed.num_deleted) == (2, 0, 0)
+    commit_all(output, changed, text="a newer picture")
+    assert join(output, changed).num_rows == 6
+    after = rows_of(output)
+    assert [row["row_id"] for row in after] == list(range(6))
+    assert [row for row in after if row["key"] != "000001.jpg"] == [row for row in before if row["key"] != "000001.jpg"]
 
 
 def test_update_that_broke_off_starts_its_listing_again(output: LocalStore) -> None:

@@ -163,6 +163,41 @@ def test_storage_that_is_away_for_a_while_does_not_end_the_run(tmp_path: Path) -
         held.check()
 
 
+def test_trouble_while_it_looks_whose_the_lock_is_does_not_end_the_thread(tmp_path: Path) -> None:
+    class Lossy(LocalStore):
+        """Of one renewal the answer is lost, and then the storage is away for a moment."""
+
+        num_lost = num_away = 0
+
+        def write_if(self, key: str, data: bytes, *, version: str | None) -> str | None:
+            written = super().write_if(key, data, version=version)
+            if version is not None and not self.num_lost:
+                self.num_lost = 1
+                raise StorageError("the answer is lost")
+            return written
+
+        def read_versioned(self, key: str) -> tuple[bytes, str] | None:
+            if self.num_lost and self.num_away < 2:
+                self.num_away += 1
+                raise StorageError("the network is gone")
+            return super().read_versioned(key)
+
+    output = Lossy(str(tmp_path))
+    with lock(output) as held:
+        wait_for(lambda: json.loads((tmp_path / LOCK).read_bytes())["beat"] > 6)
+        held.check()
+    assert output.num_away == 2
+    assert read_lock(output) is None
+
+
+def test_lock_of_the_next_holder_is_not_deleted(output: LocalStore) -> None:
+    with lock(output, status=dict) as held:
+        held.beat_s = 10**6  # as if this process had been stopped for a while
+        wait_for(lambda: True)
+        (Path(output.location) / LOCK).write_bytes(b'{"id": "the next holder"}')
+    assert read_lock(output) == {"id": "the next holder"}
+
+
 def test_storage_without_conditional_writes_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Plain(LocalStore):
         def write_if(self, key: str, data: bytes, *, version: str | None) -> str | None:

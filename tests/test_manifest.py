@@ -218,6 +218,17 @@ def test_listing_that_broke_off_goes_on_after_its_last_shards(tmp_path: Path, nu
     assert len(source.listed) < num_rows
 
 
+def test_shards_without_their_listing_are_no_start(tmp_path: Path) -> None:
+    output, source = LocalStore(str(tmp_path)), BrokenSource(numbered(3 * SHARD_ROWS))
+    source.broken_at = f"{2 * SHARD_ROWS + 1:06d}.jpg"
+    with pytest.raises(StorageError, match="the network is gone"):
+        make_manifest(source, output, FIRST)
+    output.delete(FIRST.listing)
+    output.delete(FIRST.shard(0, 0))
+    source.broken_at = None
+    assert len(table_of(output, make_manifest(source, output, FIRST))) == 3 * SHARD_ROWS
+
+
 def test_progress_of_a_long_listing_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

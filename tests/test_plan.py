@@ -80,5 +80,8 @@ def test_what_cannot_be_planned_is_one_error(source: Path, tiny_bundle: str, tmp
         planned(tmp_path, tiny_bundle)
     with pytest.raises(ConfigurationError, match="every listed object would be skipped"):
         planned(source, tiny_bundle, selection=Selection(include=("*.txt",)))
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(ConfigurationError, match="none of 1 sampled objects could be captioned: 1 not_an_image"):
+        planned(tmp_path, tiny_bundle)
     with pytest.raises(ConfigurationError, match="has no GPU to measure: give --gpu-images-per-s"):
         planned(source, tiny_bundle, num_gpus=1)

@@ -183,7 +183,7 @@ def test_anywhere_reads_many_buckets_with_one_request_each() -> None:
         for key in ("bucket/a", "other/a%20b/é+", "other/folder/"):
             assert anywhere.read(f"s3://{key}") == f"/{key}".encode()
         assert len(server.requests) == 3
-        with pytest.raises(NotFoundError, match="no such bucket"):
+        with pytest.raises(ObjectNotFoundError, match="no such bucket"):
             anywhere.read("s3://none/a")
         with pytest.raises(ObjectNotFoundError):
             anywhere.read("s3://bucket/" + "k" * 1025)

@@ -163,16 +163,18 @@ def write_part(output: Store, part: int, chunks: range, manifest: Manifest) -> T
 
 
 def chunks_of_old_parts(output: Store, manifest: Manifest) -> list[list[int]]:
-    """For each file of earlier rounds, the chunks that may hold rows of it that this round did again."""
-    ranges = np.tile(np.array([0, -1], np.int64), (num_chunks(manifest.num_rows), 1))
+    """For each file of earlier rounds, the chunks that hold rows of it that this round did again."""
+    chunks: list[list[int]] = [[] for _ in manifest.parts]
     if manifest.num_replaced:
         reader = ManifestReader(output, manifest)
-        for chunk in range(len(ranges)):
+        parts = np.array([part for part, (first, last) in enumerate(manifest.parts) if first <= last])
+        first_ids = np.array([manifest.parts[part][0] for part in parts])  # ascending: later files have later rows
+        for chunk in range(num_chunks(manifest.num_rows)):
             ids = reader.chunk(chunk)["row_id"].to_numpy()
             ids = ids[ids < manifest.first_row_id]
-            if len(ids):
-                ranges[chunk] = ids.min(), ids.max()
-    return [np.flatnonzero((ranges[:, 0] <= last) & (ranges[:, 1] >= first)).tolist() for first, last in manifest.parts]
+            for part in np.unique(np.searchsorted(first_ids, ids, side="right") - 1):
+                chunks[parts[part]].append(chunk)
+    return chunks
 
 
 def renew_part(output: Store, part: int, chunks: list[int], deleted: np.ndarray, manifest: Manifest) -> Tally:
@@ -184,11 +186,11 @@ def renew_part(output: Store, part: int, chunks: list[int], deleted: np.ndarray,
     first, last = manifest.parts[part]
     before = read_part(output, part_key(part))
     reader = ManifestReader(output, manifest)
-    new = [read_chunk(output, chunk, reader) for chunk in chunks]
-    new = [
-        rows.filter(pc.and_(pc.greater_equal(rows["row_id"], first), pc.less_equal(rows["row_id"], last)))
-        for rows in new
-    ]
+    new = []
+    for chunk in chunks:
+        rows = read_chunk(output, chunk, reader)
+        is_here = pc.and_(pc.greater_equal(rows["row_id"], first), pc.less_equal(rows["row_id"], last))
+        new.append(rows.filter(is_here))
     renewed = pa.concat_tables(new) if new else None
     gone = deleted if renewed is None else np.concatenate([deleted, renewed["row_id"].to_numpy()])
     rows = before.filter(pa.array(~np.isin(before["row_id"].to_numpy(), gone)))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from raycap.errors import object_error_codes
 from raycap.images import ImageLimits
 from raycap.model.config import require
 from raycap.storage import S3Options
@@ -25,7 +26,7 @@ class Selection:
     exclude: tuple[str, ...] = ()
     """Glob patterns, as for --include; keys that match one are left out."""
     min_size: int = 0
-    """Leave out smaller objects; bytes."""
+    """Leave out smaller objects; bytes. Objects of unknown size stay."""
     max_size: int | None = None
     """Leave out larger objects; bytes."""
     sample: float = 1.0
@@ -140,7 +141,10 @@ class CaptionConfig:
         )
         require(self.file_size_mb > 0, f"--file-size-mb must be above 0, got {self.file_size_mb:g}")
         limit = self.selection.limit
-        require(not (self.update and limit), "--update needs the whole listing: leave out --limit")
+        require(not (self.update and limit), "an output of --limit cannot be updated: caption into another one")
+        codes = object_error_codes()
+        unknown = ", ".join(sorted(set(self.retry_failed or ()) - codes))
+        require(not unknown, f"--retry-failed: {unknown} is no error code; there are {', '.join(sorted(codes))}")
         require(0 <= self.max_failed <= 1, f"--max-failed is a share from 0 to 1, got {self.max_failed}")
         require(self.show >= 0, f"--show must not be negative, got {self.show}")
 
@@ -242,7 +246,9 @@ class PlanConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
         require(self.num_gpus >= 0, f"--num-gpus must not be negative, got {self.num_gpus}")
-        for name in ("gpu_images_per_s", "price_per_hour", "price_per_1000_gets", "price_per_1000_puts"):
+        rate = self.gpu_images_per_s
+        require(rate is None or rate > 0, f"--gpu-images-per-s must be above 0, got {rate}")
+        for name in ("price_per_hour", "price_per_1000_gets", "price_per_1000_puts"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"--{name.replace('_', '-')} must not be negative, got {value}")
 

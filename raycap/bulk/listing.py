@@ -75,7 +75,13 @@ def make_manifest(
             states = list(pool.map(lister.list_span, range(len(spans)), spans))
         finally:
             lister.stop.set()  # on Ctrl-C, the threads end too
-    if previous is None and not any(state.rows for state in states):
+    nothing = not any(state.rows for state in states)
+    if previous is not None and previous.num_rows and nothing and not previous.has_seen_any:
+        raise NotFoundError(
+            f"{source.location}: there is none of the {previous.num_rows} objects any more, nor a new one; is it "
+            "there, and mounted? --update would drop all captions"
+        )
+    if previous is None and nothing:
         num_filtered = sum(state.filtered for state in states)
         left_out = f"; the selection left out all {num_filtered}" if num_filtered else ""
         raise NotFoundError(f"{source.location}: there are no objects here{left_out}; check the path or prefix")
@@ -110,8 +116,12 @@ def _save(
 
 
 def _delete_all(output: Store, prefix: str) -> None:
-    for info in list(output.list(prefix)):
-        output.delete(info.key)
+    try:
+        keys = [info.key for info in output.list(prefix)]
+    except NotFoundError:  # a directory that is not there yet
+        return
+    for key in keys:
+        output.delete(key)
 
 
 def _spans(source: Source, output: Store, round_: Round) -> list[Span]:
@@ -121,6 +131,7 @@ def _spans(source: Source, output: Store, round_: Round) -> list[Span]:
             return [Span(**span) for span in json.loads(output.read(round_.listing))]
         except (ValueError, TypeError, ObjectError) as error:
             raise StorageError(f"{output.uri(round_.listing)} was changed: {error}; choose another output") from error
+    _delete_all(output, round_.folder)  # shards of other parts
     spans = source.spans(2 * LIST_THREADS)
     output.write(round_.listing, (json.dumps([asdict(span) for span in spans]) + "\n").encode())
     return spans

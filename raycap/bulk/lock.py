@@ -73,11 +73,11 @@ class OutputLock:
         if self._thread.ident is None:
             return
         self._thread.join()
-        if self._problem is None:
-            try:
+        try:
+            if self._is_ours():
                 self.output.delete(LOCK)
-            except StorageError as problem:  # the next run finds it stale
-                log.warning("%s", problem)
+        except StorageError as problem:  # the next run finds it stale
+            log.warning("%s", problem)
 
     def check(self) -> None:
         """Raise StorageError if another run took the output over."""
@@ -117,12 +117,12 @@ class OutputLock:
                 self._beat += 1
                 content = self._content()
                 version = self.output.write_if(LOCK, content, version=self._version)
+                if version is None and not self._is_ours():
+                    self._problem = StorageError(f"another run took {self.output.location} over; this one stops")
+                    return
             except StorageError as error:  # trouble with the network is for those who write captions to tell
                 log.debug("the lock could not be renewed: %s", error)
                 continue
-            if version is None and not self._is_ours():
-                self._problem = StorageError(f"another run took {self.output.location} over; this one stops")
-                return
             self._version = version or self._version
 
     def _is_ours(self) -> bool:

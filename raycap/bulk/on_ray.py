@@ -129,7 +129,13 @@ def _set_up_ray_data(block_bytes: int) -> None:
 
 def _quiet_ray_data() -> None:
     """Keep Ray Data's warnings on the screen; its other lines go to its log file alone."""
-    said_by_us = ("Progress bars disabled", "Exception occurred in user code")
+    said_by_us = (
+        "Progress bars disabled",
+        "Exception occurred in user code",
+        "An exception was raised from a task",
+        "Exception occurred in Ray Data",
+        "Full stack trace",
+    )
 
     def is_worth_it(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING and not record.getMessage().startswith(said_by_us)

@@ -22,7 +22,7 @@ from raycap.bulk.config import PlanConfig
 from raycap.bulk.layout import CHUNK_ROWS, SHARD_ROWS
 from raycap.bulk.manifest import WORK_SCHEMA
 from raycap.bulk.progress import duration_text
-from raycap.bulk.rows import Fetcher, caption_rows
+from raycap.bulk.rows import OK, Fetcher, caption_rows
 from raycap.bulk.sources import Source, SourceRow, open_source
 from raycap.errors import ConfigurationError, NotFoundError
 from raycap.images import ImageLimits
@@ -103,13 +103,21 @@ def _measured(source: Source, captioner: Captioner, sample: list[SourceRow]) -> 
         tally = commit.tally(caption_rows(fetched, captioner, batch_size=_BATCH_SIZE))
     finally:
         torch.set_num_threads(num_threads)
+    num_ok = tally.counts[OK]
+    if not num_ok:
+        failures = ", ".join(f"{count} {code}" for code, count in tally.errors.items())
+        raise ConfigurationError(
+            f"{source.location}: none of {len(sample)} sampled objects could be captioned: {failures}"
+        )
+    num_of = {"caption_s": num_ok}  # an object without an image costs no captioning
     return {
         "num_sampled": len(sample),
         "sample_bytes": tally.num_bytes,
         "sample_counts": dict(tally.counts),
         "sample_errors": dict(tally.errors),
         "seconds_per_image": {
-            name.removesuffix("_s"): round(seconds / len(sample), 5) for name, seconds in tally.stage_s.items()
+            name.removesuffix("_s"): max(1e-7, seconds / num_of.get(name, len(sample)))
+            for name, seconds in tally.stage_s.items()
         },
         "device": str(captioner.device),
     }
@@ -141,7 +149,7 @@ def _multiplied(config: PlanConfig, listing: _Listing, measured: dict[str, Any])
     else:
         captioning = num_cpus / (seconds["caption"] + seconds["decode"])  # both on the same cores
         fetching_cpus = num_cpus * _DECODING_SHARE
-    decoding = fetching_cpus / max(1e-6, seconds["decode"])
+    decoding = fetching_cpus / seconds["decode"]
     rate = min(captioning, decoding) if on_gpus else captioning
     hours = num_tried / rate / 3600
     num_gets = num_tried + 2 * num_tried / CHUNK_ROWS

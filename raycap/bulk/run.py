@@ -67,8 +67,9 @@ def caption(config: CaptionConfig) -> Outcome:
             f"{output.location} is the source; the output would mix with the images. Choose another directory or "
             "prefix, such as one inside it"
         )
-    source.check()
     output.check_writable()
+    if config.update or not _is_listed(output):
+        source.check()
     bundle = Bundle.load(config.model, s3=config.s3)
     progress = RunProgress()
     with OutputLock(output, status=progress.status) as lock:
@@ -84,6 +85,13 @@ def caption(config: CaptionConfig) -> Outcome:
     return Outcome(
         summary=summary, within_limits=_within_limits(summary, config), steady_images_per_s=progress.images_per_s
     )
+
+
+def _is_listed(output: Store) -> bool:
+    """Whether the current round has its manifest, so that the source need not be listed."""
+    if output.exists(RUN):
+        return output.exists(Round(int(commit.read_json(output, RUN).get("round", 0))).manifest)
+    return output.exists(SUMMARY)
 
 
 def _rounds(job: Job) -> tuple[dict[str, Any], bool]:
@@ -197,6 +205,7 @@ def _do_round(job: Job, run: dict[str, Any]) -> dict[str, Any]:
         "elapsed_s": round(elapsed_s, 1),
         "images_per_s": round(num_todo / elapsed_s, 2),
         "num_files": num_files,
+        "next_row_id": manifest.first_row_id + manifest.num_rows,
         "raycap_version": raycap.__version__,
     }
     commit.write_json(output, SUMMARY, summary)
@@ -210,7 +219,10 @@ def _manifest(job: Job, run: dict[str, Any]) -> Manifest:
     if manifest is None:
         job.progress.state = "listing"
         retry = run["retry_failed"]
-        previous = Previous(job.output, retry) if round_.number else None
+        previous = None
+        if round_.number:
+            next_row_id = commit.read_json(job.output, SUMMARY).get("next_row_id", 0)
+            previous = Previous(job.output, retry, next_row_id=next_row_id)
         if run["update"] or previous is None:
             resumed = "going on with the listing of" if job.output.exists(round_.listing) else "listing"
             log.info("%s %s", resumed, job.source.location)

@@ -29,7 +29,6 @@ from raycap.bulk.listing import make_manifest
 from raycap.bulk.manifest import Manifest, ManifestReader
 from raycap.bulk.sources import open_source
 from raycap.storage import LocalStore, S3Options
-
 from tests.commands import starting_commands, wait_until
 from tests.outputs import captioned
 from tests.synthetic_s3 import SyntheticS3, running_synthetic_s3

@@ -8,6 +8,7 @@ Each run captions a synthetic bucket. Once a random share of the work is done, s
     driver-local  the same, and its own Ray on this machine with it
     actor         a captioning actor
     fetcher       a worker that is fetching
+    committer     an actor that writes chunks
     node          the raylet of a second node; another node comes at once
     node-gone     the same, but none comes
 
@@ -43,11 +44,17 @@ from tests.commands import Command, process_title, starting_commands, wait_until
 from tests.ray_cluster import Node, RayCluster
 from tests.synthetic_s3 import ANY_KEYS, SyntheticS3, running_synthetic_s3
 
-KINDS = ("driver", "driver-local", "actor", "fetcher", "node", "node-gone")
+KINDS = ("driver", "driver-local", "actor", "fetcher", "committer", "node", "node-gone")
 DEADLINE_S = 1200
-ACTOR, FETCHER = "ray::MapWorker(MapBatches(_CaptionActor))", "ray::Read"
-"""How the processes call themselves. An actor calls itself so while it has nothing to do, too; a fetcher does not."""
+TITLES = {
+    "actor": "ray::MapWorker(MapBatches(_CaptionActor))",
+    "fetcher": "ray::Read",
+    "committer": "ray::MapWorker(MapBatches(_Committer))",
+}
+"""How the processes call themselves: actors also while they have nothing to do, workers only while they work."""
 _STARTING_S = 10.0
+_LOOK_EVERY_S = 0.1
+"""Looking costs time on a small machine: requests, and reading the number of rows of every chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +210,17 @@ class Chaos:
             time.sleep(delay_s)
             return f"after {delay_s:.1f} s"
         if drawn < 1:
-            wait_until(lambda: share() >= drawn or command.has_ended(), f"{drawn:.0%}", DEADLINE_S)
+            wait_until(
+                lambda: share() >= drawn or command.has_ended(), f"{drawn:.0%}", DEADLINE_S, every_s=_LOOK_EVERY_S
+            )
             assert not command.has_ended(), f"it ended before {drawn:.0%}: {command.finish()}"
             return f"at {drawn:.0%}"
-        wait_until(lambda: rows_done(output) == self.num_objects or command.has_ended(), "all chunks", DEADLINE_S)
+        wait_until(
+            lambda: rows_done(output) == self.num_objects or command.has_ended(),
+            "all chunks",
+            DEADLINE_S,
+            every_s=_LOOK_EVERY_S,
+        )
         return "after its end" if command.has_ended() else "while joining"
 
     def _kill(self, kind: str, dice: random.Random, command: Command) -> None:
@@ -219,7 +233,7 @@ class Chaos:
             if kind == "node":
                 self.cluster.add_node(num_cpus=1)
         else:
-            pid = dice.choice(self._workers(ACTOR if kind == "actor" else FETCHER, command, self.cluster))
+            pid = dice.choice(self._workers(TITLES[kind], command, self.cluster))
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda: not process_title(pid), "the end of what was killed")
 

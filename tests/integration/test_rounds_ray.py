@@ -189,14 +189,16 @@ def _label(line: str) -> str | None:
 def test_second_run_is_refused_and_sigterm_ends_the_first(
     tmp_path: Path, tiny_bundle: str, start: Callable[..., Command]
 ) -> None:
-    source, output = write_all(tmp_path / "images", range(4 * CHUNK_ROWS)), tmp_path / "out"
+    num_images = 8 * CHUNK_ROWS
+    source, output = write_all(tmp_path / "images", range(num_images)), tmp_path / "out"
     command = ("caption", str(source), str(output), "--model", tiny_bundle, "--no-report", "--batch-size", "1")
     first = start(*command)
-    wait_until(lambda: any((output / Round(0).chunks).glob("*.parquet")), "the first chunk")
+    wait_until(lambda: (output / LOCK).exists() or first.has_ended(), "the lock")
     code, _, err = start(*command).finish()
     assert code == cli.EXIT_USAGE
     assert f"is being written by another run (host {os.uname().nodename}, process {first.process.pid}" in err
     assert not (output / SUMMARY).exists()
+    wait_until(lambda: any((output / Round(0).chunks).glob("*.parquet")) or first.has_ended(), "the first chunk")
     os.kill(first.process.pid, signal.SIGTERM)
     code, _, err = first.finish()
     assert code == cli.EXIT_TERMINATED
@@ -206,5 +208,5 @@ def test_second_run_is_refused_and_sigterm_ends_the_first(
     assert not (output / LOCK).exists()
     code, out, _ = start("status", str(output), "--json").finish()
     told: dict[str, Any] = json.loads(out)
-    assert (code, told["state"], told["num_rows"]) == (cli.EXIT_OK, "stopped", 4 * CHUNK_ROWS)
-    assert CHUNK_ROWS <= told["num_done"] < 4 * CHUNK_ROWS
+    assert (code, told["state"], told["num_rows"]) == (cli.EXIT_OK, "stopped", num_images)
+    assert CHUNK_ROWS <= told["num_done"] < num_images
