@@ -60,13 +60,14 @@ def list_keys(num_keys: int, latency_s: float) -> None:
 
 def resume(num_keys: int, share_done: float) -> None:
     """A few lines: how long a run takes to go on, in how much memory."""
-    from tests.bundles import random_bundle  # torch: not while memory is measured
+    from raycap.model.bundle import Bundle  # torch: not while memory is measured
+    from tests.bundles import random_bundle
 
     with running_synthetic_s3(num_keys=num_keys) as endpoint, tempfile.TemporaryDirectory() as folder:
         os.environ.update(endpoint.env())
         output, model = Path(folder) / "out", f"{folder}/tiny"
-        bundle = random_bundle()
-        bundle.save(model)
+        random_bundle().save(model)
+        bundle = Bundle.load(model)
         manifest = make(endpoint, str(output))
         config = CaptionConfig(source=endpoint.source, output=str(output))
         run = {
