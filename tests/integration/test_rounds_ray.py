@@ -130,7 +130,8 @@ def test_list_of_objects_is_a_source(config: CaptionConfig, tmp_path: Path) -> N
     manifest = tmp_path / "list.csv"
     keys = [f"images/{number:04d}.jpg" for number in (7, 5, 9)] + ["images/gone.jpg"]
     manifest.write_text("path,size\n" + "".join(f"{key},\n" for key in keys))
-    summary = caption(replace(config, source=str(manifest))).summary
+    growing = replace(config, source=str(manifest), num_actors=1, max_actors=2)
+    summary = caption(growing).summary
     rows = captions(config.output)
     assert list(rows.index) == keys
     assert list(rows["error_code"].fillna("ok")) == ["ok", "ok", "ok", "not_found"]
