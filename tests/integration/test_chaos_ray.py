@@ -12,7 +12,7 @@ from tests.integration.chaos import Chaos
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
-NUM_OBJECTS = 1500
+NUM_OBJECTS = 1000
 
 
 @pytest.fixture(scope="module")
