@@ -135,7 +135,7 @@ def _one_server(directory: Path) -> Iterator[S3Server]:
         _weed_binary(), "-logtostderr=true", "server", "-s3",
         f"-dir={data}", f"-s3.config={config}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", "-s3.autoCreateBucket=false",
-        "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=200", "-volume.minFreeSpace=64MiB",
+        "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=5000", "-volume.minFreeSpace=64MiB",
         f"-filer.localSocket={directory / 'filer.sock'}", f"-s3.localSocket={directory / 's3.sock'}",
         *(f"{flag}={port}" for flag, port in ports.items()),
     ]  # fmt: skip
