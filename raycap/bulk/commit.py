@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raycap.bulk.layout import CHUNK_ROWS, Round, chunk_rows, num_chunks, part_key, part_number
-from raycap.bulk.manifest import Manifest, ManifestReader
+from raycap.bulk.manifest import Manifest, ManifestReader, parquet_table
 from raycap.bulk.previous import part_keys, read_part
 from raycap.bulk.rows import OUTPUT_SCHEMA, STAGES
 from raycap.errors import ObjectError, ObjectNotFoundError, StorageError
@@ -208,7 +208,7 @@ def read_chunk(output: Store, chunk: int, manifest: ManifestReader) -> pa.Table:
     key = Round(manifest.manifest.round).chunk(chunk)
     advice = "delete it and run the same command again"
     try:
-        rows = pq.read_table(io.BytesIO(output.read(key)))
+        rows = parquet_table(output.read(key))
     except ObjectNotFoundError as error:
         raise StorageError(f"{output.uri(key)} has gone; run the same command again") from error
     except (pa.ArrowException, OSError) as error:

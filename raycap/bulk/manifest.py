@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
@@ -103,6 +104,14 @@ def shard_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
+def parquet_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The content of a Parquet file. Raises pa.ArrowException or OSError if it is none.
+
+    Not `pq.read_table`: its threads may still run when a short command ends, and then abort it (pyarrow 26).
+    """
+    return pq.ParquetFile(io.BytesIO(data)).read(columns=columns, use_threads=False)
+
+
 class ManifestReader:
     """Gives the rows of a manifest chunk by chunk. Keeps the shard that it read last; for one thread, one task."""
 
@@ -134,7 +143,7 @@ class ManifestReader:
             return self._last[1]
         key = self._round.shard(span, shard)
         try:
-            rows = pq.read_table(io.BytesIO(self.output.read(key)))
+            rows = parquet_table(self.output.read(key))
         except (pa.ArrowException, OSError, ObjectError) as error:
             raise StorageError(
                 f"{self.output.uri(key)}: not a manifest shard of this run: {error}; {_START_OVER}"

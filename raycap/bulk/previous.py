@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raycap.bulk.layout import CAPTIONS_PREFIX, SHARD_ROWS, Round, part_key, part_number
+from raycap.bulk.manifest import parquet_table
 from raycap.bulk.rows import FAILED, SKIPPED
 from raycap.bulk.sources import SourceRow
 from raycap.errors import ObjectError, StorageError
@@ -35,7 +36,7 @@ def part_keys(output: Store) -> list[str]:
 def read_part(output: Store, key: str, columns: Sequence[str] | None = None) -> pa.Table:
     """One file of captions/. Raises StorageError if it is none any more."""
     try:
-        return pq.read_table(io.BytesIO(output.read(key)), columns=columns)
+        return parquet_table(output.read(key), columns)
     except (pa.ArrowException, OSError, ObjectError) as error:
         raise StorageError(f"{output.uri(key)} cannot be read: {error}; caption into another output") from error
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +15,7 @@ from raycap.bulk import commit
 from raycap.bulk.config import StatusConfig
 from raycap.bulk.layout import RUN, SUMMARY, Round, chunk_rows, num_chunks
 from raycap.bulk.lock import is_alive, read_lock
-from raycap.bulk.manifest import Manifest, load_manifest
+from raycap.bulk.manifest import Manifest, load_manifest, parquet_table
 from raycap.bulk.progress import duration_text
 from raycap.errors import ConfigurationError, NotFoundError, ObjectError
 from raycap.storage import Store, open_store
@@ -84,7 +82,7 @@ def _of_chunks(output: Store, manifest: Manifest, rate: float | None, alive: boo
     for chunk in (done[place] for place in np.unique(every)):
         try:
             data = output.read(Round(manifest.round).chunk(chunk))
-            rows = pq.read_table(io.BytesIO(data), columns=["status", "error_code"])
+            rows = parquet_table(data, ["status", "error_code"])
         except (ObjectError, pa.ArrowException, OSError):
             continue  # the run itself will say so
         counts.update(rows["status"].to_pylist())
