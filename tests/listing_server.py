@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, quote, urlsplit
+
+from tests.answering import serving
 
 
 class ListingServer:
@@ -67,15 +68,5 @@ def listing_server(keys: Iterable[str]) -> Iterator[ListingServer]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True  # connections stay open until the client goes
-    server.block_on_close = False
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    state.endpoint_url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serving(Handler) as state.endpoint_url:
         yield state
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

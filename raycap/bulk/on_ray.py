@@ -1,6 +1,6 @@
 """The bulk job's work on Ray Data.
 
-    chunks to do -> fetch and decode (CPU tasks) -> caption (pool of actors) -> commit (CPU tasks) -> join into files
+    chunks to do -> fetch and decode (CPU tasks) -> caption (pool of actors) -> commit (actors) -> join into files
 
 A chunk stays one block from end to end, so the commit sees it whole. torch is imported by the actors alone: in every
 process that fetches it would take 300 MB.

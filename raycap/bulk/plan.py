@@ -30,8 +30,6 @@ from raycap.model.captioner import Captioner
 
 _BATCH_SIZE: Final = 32
 _KEYS_PER_LIST_REQUEST: Final = 1000
-_DECODING_SHARE: Final = 0.25
-"""Of the cores, kept for fetching where there are no GPUs: see resources.py."""
 
 
 @dataclass(kw_only=True)
@@ -136,8 +134,7 @@ def _multiplied(config: PlanConfig, listing: _Listing, measured: dict[str, Any])
     known_bytes = listing.num_bytes or measured["sample_bytes"] / measured["num_sampled"] * listing.num_objects
     num_cpus = config.num_cpus or os.cpu_count() or 1
     seconds = measured["seconds_per_image"]
-    on_gpus = config.num_gpus > 0
-    if on_gpus:
+    if config.num_gpus:
         per_gpu = config.gpu_images_per_s
         if per_gpu is None and measured["device"].startswith("cuda"):
             per_gpu = 1 / seconds["caption"]
@@ -145,12 +142,11 @@ def _multiplied(config: PlanConfig, listing: _Listing, measured: dict[str, Any])
             raise ConfigurationError(
                 "this machine has no GPU to measure: give --gpu-images-per-s, for instance from raycap benchmark there"
             )
-        captioning, fetching_cpus = config.num_gpus * per_gpu, float(num_cpus)
+        captioning, decoding = config.num_gpus * per_gpu, num_cpus / seconds["decode"]
+        rate, bottleneck = min((captioning, "captioning"), (decoding, "decoding on the CPUs"))
     else:
-        captioning = num_cpus / (seconds["caption"] + seconds["decode"])  # both on the same cores
-        fetching_cpus = num_cpus * _DECODING_SHARE
-    decoding = fetching_cpus / seconds["decode"]
-    rate = min(captioning, decoding) if on_gpus else captioning
+        rate = num_cpus / (seconds["caption"] + seconds["decode"])  # both on the same cores
+        bottleneck = "captioning"
     hours = num_tried / rate / 3600
     num_gets = num_tried + 2 * num_tried / CHUNK_ROWS
     num_puts = num_objects / _KEYS_PER_LIST_REQUEST + num_objects / CHUNK_ROWS + num_objects / SHARD_ROWS
@@ -166,7 +162,7 @@ def _multiplied(config: PlanConfig, listing: _Listing, measured: dict[str, Any])
         "num_cpus": num_cpus,
         "num_gpus": config.num_gpus,
         "images_per_s": round(rate, 1),
-        "bottleneck": "decoding on the CPUs" if on_gpus and decoding < captioning else "captioning",
+        "bottleneck": bottleneck,
         "hours": round(hours, 3),
         "cpu_hours": round(hours * num_cpus, 3),
         "gpu_hours": round(hours * config.num_gpus, 3),

@@ -132,7 +132,7 @@ def _open_run(job: Job) -> dict[str, Any]:
         if before.get("round") == 0 and not output.exists(Round(0).manifest) and not output.exists(SUMMARY):
             # Nothing was captioned before the manifest is complete; but a listing of something else is none of ours.
             if any(before.get(name) != run[name] for name in ("source", "selection")):
-                _forget_listing(output)
+                output.delete(Round(0).listing)  # without it, `make_manifest` starts again
         else:
             _refuse_others(output, before, run)
             return new | {name: before.get(name) for name in ("round", "update", "retry_failed")}
@@ -143,11 +143,6 @@ def _open_run(job: Job) -> dict[str, Any]:
         return new | {"round": int(summary.get("round", 0))}
     commit.write_json(output, RUN, new)
     return new
-
-
-def _forget_listing(output: Store) -> None:
-    for info in list(output.list(Round(0).folder)):
-        output.delete(info.key)
 
 
 def _refuse_others(output: Store, before: dict[str, Any], run: dict[str, Any]) -> None:
@@ -176,7 +171,7 @@ def _do_round(job: Job, run: dict[str, Any]) -> dict[str, Any]:
     what = " to do" if manifest.round else ""
     log.info("%d objects%s, %.1f MB%s", manifest.num_rows, what, manifest.num_bytes / 1e6, resumed)
     if manifest.round and not manifest.num_rows and not manifest.num_deleted:
-        summary = commit.read_json(output, SUMMARY) | _round_counts(manifest, run)
+        summary = commit.read_json(output, SUMMARY) | _round_counts(manifest)
         commit.write_json(output, SUMMARY, summary)
         return summary
     from raycap.bulk import on_ray
@@ -199,7 +194,7 @@ def _do_round(job: Job, run: dict[str, Any]) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         **total.to_dict(),
         "num_filtered": manifest.num_filtered,
-        **_round_counts(manifest, run),
+        **_round_counts(manifest),
         "started_at": started.isoformat(),
         "finished_at": datetime.now(UTC).isoformat(),
         "elapsed_s": round(elapsed_s, 1),
@@ -232,7 +227,7 @@ def _manifest(job: Job, run: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _round_counts(manifest: Manifest, run: dict[str, Any]) -> dict[str, Any]:
+def _round_counts(manifest: Manifest) -> dict[str, Any]:
     """What this round did to the rows of earlier ones."""
     if not manifest.round:
         return {"round": 0}
