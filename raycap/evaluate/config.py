@@ -24,9 +24,13 @@ class EvaluateConfig:
     model: str | None = None
     """Bundle to caption with; by default the one that ships with raycap."""
     output: str | None = None
-    """JSON file for the scores, those of each image among them."""
+    """JSON file for the scores, those of each image among them; NAME.csv: one row for each image."""
     results_output: str | None = None
     """COCO results JSON file for the captions that were made of --images."""
+    report: str | None = None
+    """HTML file for the scores and the best and worst images, with what the model looked at for each word."""
+    report_images: int = 24
+    """Best images on the page, and as many of the worst."""
     tokenizer: Literal["auto", "ptb", "python"] = "auto"
     """ptb: the official tokenizer, needs Java. python: close to it, without Java. auto: ptb if Java is there."""
     beam_size: int | None = None
@@ -48,5 +52,11 @@ class EvaluateConfig:
             raise ConfigurationError(
                 "--results-output goes with --images: with --results there are no new captions to write"
             )
+        files = [self.annotations, self.results, self.output, self.results_output, self.report]
+        given = [file for file in files if file]
+        if twice := next((file for file in given if given.count(file) > 1), None):
+            raise ConfigurationError(f"{twice} is given twice; each file that is read or written needs its own name")
+        if self.report_images < 1:
+            raise ConfigurationError(f"--report-images must be at least 1, got {self.report_images}")
         if self.batch_size < 1:
             raise ConfigurationError(f"--batch-size must be at least 1, got {self.batch_size}")

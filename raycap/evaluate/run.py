@@ -5,12 +5,9 @@ Runs in one process, without Ray.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import track
@@ -18,11 +15,20 @@ from rich.progress import track
 from raycap.coco import CaptionedImage, read_captions, read_results, write_results
 from raycap.errors import ConfigurationError, ObjectError
 from raycap.evaluate.config import EvaluateConfig
+from raycap.evaluate.page import render
+from raycap.evaluate.rows import ScoredImage, best_and_worst, scored_images, to_csv, to_json
 from raycap.evaluate.scores import Scores, check_scorers, score_captions
 from raycap.evaluate.table import scores_table
+from raycap.evaluate.tiles import Tile, make_tiles
+from raycap.readahead import read_ahead
 from raycap.storage import Store, open_store, write_bytes
 
+if TYPE_CHECKING:
+    from raycap.model.captioner import Captioner
+
 log = logging.getLogger(__name__)
+
+_NUM_THREADS = 8
 
 
 def evaluate(config: EvaluateConfig) -> Scores:
@@ -32,22 +38,28 @@ def evaluate(config: EvaluateConfig) -> Scores:
     compare. Raises ConfigurationError or StorageError.
     """
     check_scorers(config.tokenizer)
-    if config.output:
-        write_bytes(config.output, b"{}\n", config.s3)  # better to learn now that it cannot be written
+    for location in filter(None, (config.output, config.results_output, config.report)):
+        write_bytes(location, b"", config.s3)  # better to learn now that it cannot be written
     images = read_captions(config.annotations, config.s3)
-    model_id: str | None = None
+    captioner, store = None, None
+    errors: dict[int, str] = {}
     if config.results is not None:
         captions = _known(read_results(config.results, config.s3), images, config.results)
     else:
-        captions, model_id = _caption_images(config, images)
+        captioner, store = _open(config)
+        captions, errors = _caption_images(captioner, store, images, config.batch_size)
         if config.results_output:
             write_results(config.results_output, captions, config.s3)
     references = {image.image_id: list(image.captions) for image in images}
     scores = score_captions(references, captions, tokenizer=config.tokenizer)
     Console().print(scores_table(scores))
+    rows = scored_images(images, captions, scores, errors)
     if config.output:
-        result: dict[str, Any] = {"model_id": model_id, **scores.to_dict(), "per_image": scores.per_image}
-        write_bytes(config.output, (json.dumps(result, indent=1) + "\n").encode(), config.s3)
+        is_csv = config.output.lower().endswith(".csv")
+        model_id = captioner.model_id if captioner is not None else None
+        write_bytes(config.output, to_csv(rows) if is_csv else to_json(model_id, scores, rows), config.s3)
+    if config.report:
+        write_bytes(config.report, _report(config, scores, rows, captioner, store).encode(errors="replace"), config.s3)
     return scores
 
 
@@ -64,8 +76,8 @@ def _known(captions: dict[int, str], images: list[CaptionedImage], location: str
     return captions
 
 
-def _caption_images(config: EvaluateConfig, images: list[CaptionedImage]) -> tuple[dict[int, str], str]:
-    """Captions by image id, and the id of the model that made them."""
+def _open(config: EvaluateConfig) -> tuple[Captioner, Store]:
+    """The model and the images that it is to caption."""
     from raycap.model.captioner import Captioner  # torch: not needed to score a results file
 
     assert config.images is not None
@@ -78,36 +90,47 @@ def _caption_images(config: EvaluateConfig, images: list[CaptionedImage]) -> tup
         beam_size=config.beam_size,
         length_penalty=config.length_penalty,
     )
+    return captioner, store
+
+
+def _caption_images(
+    captioner: Captioner, store: Store, images: list[CaptionedImage], batch_size: int
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Captions by image id, and why it is empty for those that could not be read."""
     captions: dict[int, str] = {image.image_id: "" for image in images}
-    failed: list[str] = []
-    batches = _batches(store, images, captioner.prepare, config.batch_size)
-    total = -(-len(images) // config.batch_size)
+    errors: dict[int, str] = {}
+    names = [image.file_name for image in images]
+    batches = read_ahead(store, names, captioner.prepare, batch_size=batch_size, num_threads=_NUM_THREADS)
+    total = -(-len(images) // batch_size)
     console = Console(stderr=True)
     for batch in track(batches, "captioning", total=total, console=console, disable=not sys.stderr.isatty()):
-        good = [(image, pixels) for image, pixels in batch if not isinstance(pixels, ObjectError)]
-        failed += [f"{image.file_name}: {error}" for image, error in batch if isinstance(error, ObjectError)]
-        for (image, _), caption in zip(good, captioner.caption([pixels for _, pixels in good]), strict=True):
-            captions[image.image_id] = caption.text
-    if len(failed) == len(images):
-        raise ConfigurationError(f"none of the {len(images)} images can be read; the first: {failed[0]}")
-    if failed:
-        log.warning("%d images cannot be read and count as empty captions; the first: %s", len(failed), failed[0])
-    return captions, captioner.model_id
+        good = [(images[index].image_id, pixels) for index, pixels in batch if not isinstance(pixels, ObjectError)]
+        errors |= {images[index].image_id: str(error) for index, error in batch if isinstance(error, ObjectError)}
+        for (image_id, _), caption in zip(good, captioner.caption([pixels for _, pixels in good]), strict=True):
+            captions[image_id] = caption.text
+    if errors:
+        first = next(f"{image.file_name}: {errors[image.image_id]}" for image in images if image.image_id in errors)
+        if len(errors) == len(images):
+            raise ConfigurationError(f"none of the {len(images)} images can be read; the first: {first}")
+        log.warning("%d images cannot be read and count as empty captions; the first: %s", len(errors), first)
+    return captions, errors
 
 
-def _batches(
-    store: Store, images: list[CaptionedImage], prepare: Any, batch_size: int
-) -> Iterator[list[tuple[CaptionedImage, Any]]]:
-    """Images with their pixels or their error, read a batch ahead."""
-
-    def load(image: CaptionedImage) -> tuple[CaptionedImage, Any]:
-        try:
-            return image, prepare(store.read(image.file_name))
-        except ObjectError as error:
-            return image, error
-
-    with ThreadPoolExecutor(8) as pool:
-        ahead = [pool.submit(load, image) for image in images[:batch_size]]
-        for start in range(batch_size, len(images) + batch_size, batch_size):
-            current, ahead = ahead, [pool.submit(load, image) for image in images[start : start + batch_size]]
-            yield [future.result() for future in current]
+def _report(
+    config: EvaluateConfig, scores: Scores, rows: list[ScoredImage], captioner: Captioner | None, store: Store | None
+) -> str:
+    """The page."""
+    chosen = best_and_worst(rows, config.report_images)
+    if captioner is None or store is None:
+        facts = {"Captions": str(config.results), "Annotations": config.annotations}
+        best, worst = ([Tile(image) for image in images] for images in chosen)
+    else:
+        decoding = captioner.decoding
+        facts = {
+            "Model": captioner.model_id,
+            "Annotations": config.annotations,
+            "Images": str(config.images),
+            "Beams": f"{decoding.beam_size}, length penalty {decoding.length_penalty:g}",
+        }
+        best, worst = (make_tiles(images, captioner, store, batch_size=config.batch_size) for images in chosen)
+    return render(facts, scores, rows, best, worst)

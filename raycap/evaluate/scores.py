@@ -79,32 +79,11 @@ def score_captions(
     if not any(reference for image in words.values() for reference in image):
         raise ConfigurationError(f"none of the references of {len(references)} images holds a word; expected captions")
 
-    values: dict[str, float] = {}
-    columns: dict[str, Iterable[float]] = {}
     unavailable: tuple[str, ...] = ()
-    if not set(metrics).isdisjoint(_BLEU):
-        from pycocoevalcap.bleu.bleu import Bleu
-
-        corpus, images = Bleu(len(_BLEU)).compute_score(words, candidate_words, verbose=0)  # 0: it would print
-        values.update(zip(_BLEU, corpus, strict=True))
-        columns.update(zip(_BLEU, images, strict=True))
-    if "meteor" in metrics:
-        if find_java() is None:
-            logger.warning("METEOR is left out: %s", NO_JAVA)
-            unavailable = ("meteor",)
-        else:
-            values["meteor"], columns["meteor"] = meteor(list(words.values()), [c for (c,) in candidate_words.values()])
-    if "rouge_l" in metrics:
-        from pycocoevalcap.rouge.rouge import Rouge
-
-        values["rouge_l"], columns["rouge_l"] = Rouge().compute_score(words, candidate_words)
-    if "cider_d" in metrics:
-        from pycocoevalcap.cider.cider import Cider
-
-        if len(references) == 1:
-            logger.warning("CIDEr-D of one image alone is always 0: its word weights come from the other images")
-        values["cider_d"], columns["cider_d"] = Cider().compute_score(words, candidate_words)
-
+    if "meteor" in metrics and find_java() is None:
+        logger.warning("METEOR is left out: %s", NO_JAVA)
+        unavailable = ("meteor",)
+    values, columns = _run_scorers(words, candidate_words, set(metrics) - set(unavailable))
     names = [name for name in ALL_METRICS if name in metrics and name in values]
     per_image: dict[int, dict[str, float]] = {image_id: {} for image_id in words}
     for name in names:
@@ -117,6 +96,33 @@ def score_captions(
         num_images=len(per_image),
         unavailable=unavailable,
     )
+
+
+def _run_scorers(
+    words: dict[int, list[str]], candidate_words: dict[int, list[str]], metrics: set[str]
+) -> tuple[dict[str, float], dict[str, Iterable[float]]]:
+    """Score of the whole set and of each image, by metric: those asked for, and with one BLEU the others."""
+    values: dict[str, float] = {}
+    columns: dict[str, Iterable[float]] = {}
+    if not metrics.isdisjoint(_BLEU):
+        from pycocoevalcap.bleu.bleu import Bleu
+
+        corpus, images = Bleu(len(_BLEU)).compute_score(words, candidate_words, verbose=0)  # 0: it would print
+        values.update(zip(_BLEU, corpus, strict=True))
+        columns.update(zip(_BLEU, images, strict=True))
+    if "meteor" in metrics:
+        values["meteor"], columns["meteor"] = meteor(list(words.values()), [c for (c,) in candidate_words.values()])
+    if "rouge_l" in metrics:
+        from pycocoevalcap.rouge.rouge import Rouge
+
+        values["rouge_l"], columns["rouge_l"] = Rouge().compute_score(words, candidate_words)
+    if "cider_d" in metrics:
+        from pycocoevalcap.cider.cider import Cider
+
+        if len(words) == 1:
+            logger.warning("CIDEr-D of one image alone is always 0: its word weights come from the other images")
+        values["cider_d"], columns["cider_d"] = Cider().compute_score(words, candidate_words)
+    return values, columns
 
 
 def _tokenize(

@@ -7,9 +7,10 @@ from rich.table import Table
 
 from raycap.evaluate.scores import ALL_METRICS, Scores
 
-__all__ = ["scores_table"]
+__all__ = ["TITLES", "scores_table"]
 
-_TITLES = dict(zip(ALL_METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D"), strict=True))
+TITLES = dict(zip(ALL_METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D"), strict=True))
+"""What people call each metric."""
 
 
 def scores_table(scores: Scores) -> Table:
@@ -22,7 +23,7 @@ def scores_table(scores: Scores) -> Table:
         caption += " (published scores use ptb, which needs Java)"
     table = Table(box=box.SIMPLE, caption=caption, caption_justify="left")
     row = []
-    for name, title in _TITLES.items():
+    for name, title in TITLES.items():
         if name in scores.values or name in scores.unavailable:
             table.add_column(title, justify="right", no_wrap=True)
             row.append(f"{100 * scores.values[name]:.1f}" if name in scores.values else "-")
