@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,28 +16,39 @@ from raycap.model.vocabulary import BOS, EOS, PAD, UNKNOWN
 
 
 class Beam(NamedTuple):
-    """An unfinished caption, with the decoder's state before its last token is read."""
+    """An unfinished caption, with each decoder's state before its last token is read."""
 
     tokens: list[int]
     """With <bos>, without <eos>."""
     log_prob: float
-    state: State
+    states: list[State]
+
+
+def naive_beam_search(decoder: Decoder, features_1PC: Tensor, config: DecodingConfig) -> list[Hypothesis]:
+    """The rules of `beam_search` for one image: every beam is a Python object, and reads its token alone."""
+    return naive_ensemble_search([decoder], [features_1PC], config)
 
 
 @torch.inference_mode()
-def naive_beam_search(decoder: Decoder, features_1PC: Tensor, config: DecodingConfig) -> list[Hypothesis]:
-    """The rules of `beam_search` for one image: every beam is a Python object, and reads its token alone."""
-    memory, state = decoder.remember(features_1PC)
-    beams = [Beam([BOS], 0.0, state)]
+def naive_ensemble_search(
+    decoders: Sequence[Decoder], features: Sequence[Tensor], config: DecodingConfig
+) -> list[Hypothesis]:
+    """As `naive_beam_search`, with the mean of the words' probabilities of several decoders."""
+    remembered = [decoder.remember(features_1PC) for decoder, features_1PC in zip(decoders, features, strict=True)]
+    beams = [Beam([BOS], 0.0, [state for _, state in remembered])]
     finished: list[Hypothesis] = []
     for num_tokens in range(1, config.max_length + 2):
         candidates: list[tuple[float, int, Beam]] = []
         for beam in beams:
-            step = decoder.step(torch.tensor(beam.tokens[-1:]), beam.state, memory)
-            log_probs_V = torch.log_softmax(step.logits_RV[0].float(), -1).tolist()
-            for word, log_prob in enumerate(log_probs_V):
+            steps = [
+                decoder.step(torch.tensor(beam.tokens[-1:]), state, memory)
+                for decoder, (memory, _), state in zip(decoders, remembered, beam.states, strict=True)
+            ]
+            read = beam._replace(states=[step.state for step in steps])
+            probs_of_members = [torch.softmax(step.logits_RV[0].double(), -1).tolist() for step in steps]
+            for word, probs in enumerate(zip(*probs_of_members, strict=True)):
                 if allowed(word, beam.tokens, config):
-                    candidates.append((beam.log_prob + log_prob, word, beam._replace(state=step.state)))
+                    candidates.append((beam.log_prob + math.log(sum(probs) / len(probs)), word, read))
         candidates.sort(key=lambda candidate: -candidate[0])
         for log_prob, word, beam in candidates[: config.beam_size]:
             if word == EOS:
@@ -44,7 +56,7 @@ def naive_beam_search(decoder: Decoder, features_1PC: Tensor, config: DecodingCo
                 finished.append(Hypothesis(beam.tokens[1:], log_prob, score))
         finished = sorted(finished, key=lambda hypothesis: -hypothesis.score)[: config.beam_size]
         going_on = [candidate for candidate in candidates if candidate[1] != EOS][: config.beam_size]
-        beams = [Beam([*beam.tokens, word], log_prob, beam.state) for log_prob, word, beam in going_on]
+        beams = [Beam([*beam.tokens, word], log_prob, beam.states) for log_prob, word, beam in going_on]
         if not beams:
             break
         best_unfinished = beams[0].log_prob / num_tokens**config.length_penalty
@@ -75,6 +87,19 @@ def naive_logits(decoder: Decoder, features_1PC: Tensor, tokens: list[int]) -> l
         state = step.state
         logits.append(step.logits_RV[0])
     return logits
+
+
+@torch.inference_mode()
+def naive_attention(decoder: Decoder, features_1PC: Tensor, words: list[int]) -> list[list[float]]:
+    """Weights of the grid cells for each word of one caption, and for its end."""
+    memory, state = decoder.remember(features_1PC)
+    weights = []
+    for token in [BOS, *words]:
+        step = decoder.step(torch.tensor([token]), state, memory)
+        assert step.attention_RP is not None
+        state = step.state
+        weights.append(step.attention_RP[0].tolist())
+    return weights
 
 
 def naive_loss_sum(decoder: Decoder, features_1PC: Tensor, tokens: list[int], *, label_smoothing: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import nn
 
@@ -13,7 +15,8 @@ from raycap.model.encoder import Encoder
 from raycap.model.network import CaptionNetwork
 from raycap.model.vocabulary import SPECIAL_TOKENS, Vocabulary
 
-KINDS: tuple[DecoderKind, ...] = ("attention", "show_tell")
+KINDS: tuple[DecoderKind, ...] = get_args(DecoderKind)
+ATTENDING: tuple[DecoderKind, ...] = ("attention", "att2in")
 
 
 def small_vocabulary(num_words: int = 8) -> Vocabulary:
@@ -47,22 +50,23 @@ def small_features(num_images: int = 3, *, seed: int = 0, num_cells: int = 4, nu
 
 
 class PatchMean(nn.Module):
-    """Stands for a CNN: 1x1 convolution of the picture's means over a 2 x 2 grid."""
+    """Stands for a CNN: 1x1 convolution of the picture's means over a grid of `side` x `side` cells."""
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, side: int) -> None:
         super().__init__()
+        self.side = side
         self.convolution = nn.Conv2d(3, num_channels, 1)
         self.norm = nn.BatchNorm2d(num_channels)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        grid_BCHW: torch.Tensor = self.norm(self.convolution(nn.functional.adaptive_avg_pool2d(images_BCHW, 2)))
+        grid_BCHW: torch.Tensor = self.norm(self.convolution(nn.functional.adaptive_avg_pool2d(images_BCHW, self.side)))
         return grid_BCHW
 
 
-def small_encoder(*, seed: int = 0, num_channels: int = 6) -> Encoder:
-    """An encoder in evaluation mode that takes pictures of any size and gives 4 cells."""
+def small_encoder(*, seed: int = 0, num_channels: int = 6, side: int = 2) -> Encoder:
+    """An encoder in evaluation mode that takes pictures of any size and gives `side` x `side` cells."""
     torch.manual_seed(seed)
-    backbone = PatchMean(num_channels)
+    backbone = PatchMean(num_channels, side)
     nn.init.normal_(backbone.convolution.weight, std=2.0)  # so that pictures differ
     return Encoder(EncoderConfig(name="small", num_channels=num_channels), backbone).eval()
 

@@ -66,8 +66,10 @@ def test_loading_gives_back_what_was_saved(kind: Any, tmp_path: Path) -> None:
     assert loaded.preprocessing == original.preprocessing
     assert loaded.decoding == original.decoding
     assert (loaded.metrics, loaded.card) == (original.metrics, original.card)
-    assert loaded.network.encoder.config == original.network.encoder.config
-    assert loaded.network.decoder.config == original.network.decoder.config
+    assert json.loads((tmp_path / "new" / "bundle" / CONFIG).read_text())["format_version"] == 1
+    assert loaded.single is loaded.network
+    assert loaded.single.encoder.config == original.single.encoder.config
+    assert loaded.single.decoder.config == original.single.decoder.config
     assert loaded.model_id == model_id
     assert model_id.startswith(f"efficientnet_lite0-{kind}-")
     assert not loaded.network.training
@@ -107,7 +109,7 @@ def test_the_model_id_changes_with_the_weights(original: Bundle, tmp_path: Path)
     assert len(ids) == 1
     other = lite0_bundle()
     with torch.no_grad():
-        other.network.decoder.output_bias[-1] += 1e-6
+        other.single.decoder.output_bias[-1] += 1e-6
     assert other.save(str(tmp_path / "c")) not in ids
 
 
@@ -154,7 +156,8 @@ def truncate(path: Path) -> None:
 
 
 CONFIG_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (lambda c: c.update(format_version=2), "bundle format 2, but this raycap reads formats 1 to 1; upgrade"),
+    "newer": (lambda c: c.update(format_version=3), "bundle format 3, but this raycap reads formats 1 to 2; upgrade"),
+    "not-an-ensemble": (lambda c: c.update(format_version=2), "section 'encoders' is missing"),
     "version-0": (lambda c: c.update(format_version=0), "bundle format 0"),
     "version-text": (lambda c: c.update(format_version="1"), "no format_version"),
     "no-version": (lambda c: c.pop("format_version"), "not a raycap bundle"),

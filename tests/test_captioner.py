@@ -9,10 +9,11 @@ import torch
 from raycap.errors import ConfigurationError, ImageError, ImageTooLargeError
 from raycap.images import ImageLimits
 from raycap.model.captioner import Caption, Captioner
-from raycap.model.config import DecodingConfig
+from raycap.model.config import DecoderKind, DecodingConfig
+from raycap.model.vocabulary import UNKNOWN
 from tests.hostile import base_picture, encode, hostile_files
-from tests.naive import naive_beam_search
-from tests.small import KINDS, lite0_bundle, small_bundle
+from tests.naive import naive_attention, naive_beam_search
+from tests.small import ATTENDING, KINDS, lite0_bundle, small_bundle
 
 
 def random_pixels(num_images: int, size_px: int = 16) -> torch.Tensor:
@@ -50,9 +51,9 @@ def test_captions_are_those_of_the_search() -> None:
     bundle = small_bundle()
     captioner = Captioner(bundle, device="cpu")
     pixels_BHWC = random_pixels(3)
-    features_BPC = bundle.network.encoder(pixels_BHWC)
+    features_BPC = bundle.single.encoder(pixels_BHWC)
     for index, caption in enumerate(captioner.caption(pixels_BHWC)):
-        best, *others = naive_beam_search(bundle.network.decoder, features_BPC[index : index + 1], bundle.decoding)
+        best, *others = naive_beam_search(bundle.single.decoder, features_BPC[index : index + 1], bundle.decoding)
         assert caption.text == bundle.vocabulary.decode(best.tokens)
         assert caption.log_prob == pytest.approx(best.log_prob, abs=1e-4)
         assert [a.text for a in caption.alternatives] == [bundle.vocabulary.decode(h.tokens) for h in others]
@@ -91,6 +92,44 @@ def test_nothing_gives_nothing() -> None:
 def test_wrong_pixels_are_named(pixels: torch.Tensor | list[torch.Tensor], got: str) -> None:
     with pytest.raises(ValueError, match=r"expected uint8 pixels \[B, 16, 16, 3\] .*got .*" + got):
         Captioner(small_bundle(), device="cpu").caption(pixels)
+
+
+@pytest.mark.parametrize("kind", ATTENDING)
+def test_attention_is_that_of_single_steps(kind: DecoderKind) -> None:
+    bundle = small_bundle(kind)
+    captioner = Captioner(bundle, device="cpu")
+    pixels_BHWC = random_pixels(4)
+    captions = ["w3 w1, w7.", "w0", "", "w2 unheard w2 w4"]
+    ids = [[7, 5, 11], [4], [], [6, UNKNOWN, 6, 8]]
+    found = captioner.attention(pixels_BHWC, captions)
+    assert found is not None
+    features_BPC = bundle.single.encoder(pixels_BHWC)
+    for index, (weights_TRC, words) in enumerate(zip(found, ids, strict=True)):
+        assert weights_TRC.dtype == np.float32
+        expected_TP = naive_attention(bundle.single.decoder, features_BPC[index : index + 1], words)
+        np.testing.assert_allclose(weights_TRC, np.reshape(expected_TP, (len(words) + 1, 2, 2)), atol=1e-5)
+        np.testing.assert_allclose(weights_TRC.sum((1, 2)), 1, rtol=1e-5)
+    assert np.ptp(found[0]) > 0.1, "the weights must differ"
+    (alone,) = captioner.attention([pixels_BHWC[3]], captions[3:]) or []
+    np.testing.assert_allclose(alone, found[3], atol=1e-5)
+
+
+def test_attention_in_low_precision_sums_to_one() -> None:
+    captioner = Captioner(small_bundle(), device="cpu", precision="bfloat16")
+    (weights_TRC,) = captioner.attention(random_pixels(1), ["w1 w2 w3"]) or []
+    assert weights_TRC.dtype == np.float32
+    np.testing.assert_allclose(weights_TRC.sum((1, 2)), 1, rtol=1e-5)
+
+
+def test_attention_where_there_is_none_and_of_nothing() -> None:
+    captioner = Captioner(small_bundle("show_tell"), device="cpu")
+    assert captioner.attention(random_pixels(2), ["w1", "w2 w3"]) is None
+    assert Captioner(small_bundle(), device="cpu").attention([], []) == []
+
+
+def test_attention_needs_a_caption_for_each_image() -> None:
+    with pytest.raises(ValueError, match="one caption for each image, got 2 images, 1 captions"):
+        Captioner(small_bundle(), device="cpu").attention(random_pixels(2), ["w1"])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.object_, np.int64])

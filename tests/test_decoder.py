@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from raycap.errors import ConfigurationError
 from raycap.model.config import DecoderConfig, DecoderKind
-from raycap.model.decoder import AttentionDecoder, ShowTellDecoder, build_decoder
+from raycap.model.decoder import Att2inDecoder, AttentionDecoder, ShowTellDecoder, build_decoder
 from raycap.model.vocabulary import BOS, EOS, PAD
 from tests.naive import naive_logits, naive_loss_sum
-from tests.small import KINDS, small_decoder, small_features
+from tests.small import ATTENDING, KINDS, small_decoder, small_features
 
 # Of three images; the longest first. Lengths fall quickly, so that the batch narrows, and slowly, so that it stays.
 CAPTIONS = [
@@ -91,8 +93,9 @@ def test_rows_of_one_image_are_grouped(kind: DecoderKind) -> None:
         torch.testing.assert_close(step.logits_RV[row], alone.logits_RV[0], rtol=1e-4, atol=1e-4)
 
 
-def test_attention_weights_sum_to_one_and_look_where_it_matters() -> None:
-    decoder, features_BPC = small_decoder("attention"), small_features(2, num_cells=5)
+@pytest.mark.parametrize("kind", ATTENDING)
+def test_attention_weights_sum_to_one_and_look_where_it_matters(kind: DecoderKind) -> None:
+    decoder, features_BPC = small_decoder(kind), small_features(2, num_cells=5)
     memory, state = decoder.remember(features_BPC)
     weights_RP = decoder.step(torch.tensor([BOS, BOS]), state, memory).attention_RP
     assert weights_RP is not None
@@ -147,10 +150,74 @@ def test_the_attention_decoder_equals_torch_lstm_cells() -> None:
     torch.testing.assert_close(found_V, expected_V, rtol=1e-4, atol=1e-4)
 
 
+def test_att2in_equals_its_equations() -> None:
+    """Rennie et al. 2017, section 2: every gate written out for one image, with the attention of Xu et al. 2015."""
+    decoder, features_BPC = small_decoder("att2in"), small_features(1)
+    assert isinstance(decoder, Att2inDecoder)
+    with torch.no_grad():
+        # i, f, o and the two units z of the cell input, each with its own matrices
+        w_x, b = decoder.lstm_word.weight.chunk(5), decoder.lstm_word.bias.chunk(5)
+        w_h, w_image = decoder.lstm_state.weight.chunk(5), decoder.cell_image.weight.chunk(2)
+        values_PH = torch.relu(decoder.bottleneck(features_BPC[0]))
+        h_H = c_H = torch.zeros(decoder.config.hidden_size)
+        for token in (BOS, 5, 7):
+            x_H = decoder.embedding.weight[token]
+            energy_P = torch.tanh(values_PH @ decoder.key.weight.T + decoder.query(h_H)) @ decoder.energy.weight[0]
+            image_H = torch.softmax(energy_P, 0) @ values_PH
+            i_H, f_H, o_H = (torch.sigmoid(w_x[n] @ x_H + w_h[n] @ h_H + b[n]) for n in range(3))
+            one_H, other_H = (w_x[3 + n] @ x_H + w_image[n] @ image_H + w_h[3 + n] @ h_H + b[3 + n] for n in range(2))
+            c_H = i_H * torch.maximum(one_H, other_H) + f_H * c_H
+            h_H = o_H * torch.tanh(c_H)
+        expected_V = decoder.embedding.weight @ h_H + decoder.output_bias
+        found_V = naive_logits(decoder, features_BPC, [BOS, 5, 7, EOS])[-1]
+    torch.testing.assert_close(found_V, expected_V, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_and_state_are_as_many_as_declared(kind: DecoderKind) -> None:
+    decoder = small_decoder(kind)
+    memory, state = decoder.remember(small_features(1))
+    assert (len(memory), len(state)) == (decoder.num_memory, decoder.num_state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_larger_vocabulary_leaves_the_old_words_as_they_are(kind: DecoderKind) -> None:
+    decoder, features_BPC = small_decoder(kind), small_features(2)
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    grown = decoder.with_vocabulary(15, seed=3)
+    assert type(grown) is type(decoder)
+    assert grown.config == replace(decoder.config, vocabulary_size=15)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.state_dict().items())
+    for name, tensor in grown.state_dict().items():
+        grows = name in ("embedding.weight", "output_bias")
+        assert tensor.shape == ((15, *before[name].shape[1:]) if grows else before[name].shape)
+        assert torch.equal(tensor[:12] if grows else tensor, before[name])
+    old_WH, new_WH = grown.embedding.weight[4:12], grown.embedding.weight[12:]
+    assert ((new_WH - old_WH.mean(0)).abs() < 0.5 * old_WH.std(0)).all()
+    assert len(new_WH.unique(dim=0)) == 3, "new words must differ"
+    torch.testing.assert_close(
+        torch.stack(naive_logits(grown, features_BPC[:1], [BOS, 5, 6, EOS]))[:, :12],
+        torch.stack(naive_logits(decoder, features_BPC[:1], [BOS, 5, 6, EOS])),
+    )
+    again, other = decoder.with_vocabulary(15, seed=3), decoder.with_vocabulary(15, seed=4)
+    assert torch.equal(again.embedding.weight, grown.embedding.weight)
+    assert not torch.equal(other.embedding.weight, grown.embedding.weight)
+
+
+def test_new_words_can_be_learnt() -> None:
+    decoder, features_BPC = small_decoder(scale=1.0).with_vocabulary(15), small_features(3)
+    logits_MV, _ = decoder(features_BPC, *batch([(0, [13, 14, 4])]))
+    F.cross_entropy(logits_MV, torch.tensor([13, 14, 4, EOS])).backward()
+    assert decoder.embedding.weight.grad is not None
+    assert decoder.embedding.weight.grad.shape == (15, 8)
+    rebuilt = build_decoder(decoder.config)
+    rebuilt.load_state_dict(decoder.state_dict())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "transformer"}, "decoder must be attention or show_tell, got 'transformer'"),
+        ({"kind": "transformer"}, "decoder must be one of attention, att2in, show_tell, got 'transformer'"),
         ({"hidden_size": 0}, "hidden_size must be positive, got 0"),
         ({"vocabulary_size": 4}, "vocabulary_size must be more than the 4 special tokens, got 4"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),

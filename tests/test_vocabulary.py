@@ -35,6 +35,15 @@ def test_words_are_ordered_by_frequency_then_alphabet() -> None:
     assert Vocabulary.from_captions(reversed(captions), min_count=2).words == (*SPECIAL_TOKENS, "b", "a")
 
 
+def test_new_words_come_after_the_old_ones() -> None:
+    vocabulary = Vocabulary([*SPECIAL_TOKENS, "b", "a"])
+    captions = ["c a d", "d e a", "c d f"]
+    assert vocabulary.extended(captions, min_count=2).words == (*vocabulary.words, "d", "c")
+    assert vocabulary.extended(captions, min_count=1).words == (*vocabulary.words, "d", "c", "e", "f")
+    assert vocabulary.extended(captions, min_count=4).words == vocabulary.words
+    assert vocabulary.words == (*SPECIAL_TOKENS, "b", "a")
+
+
 def test_no_frequent_word_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ConfigurationError, match=r"no word occurs 5 times .* lower --min-count"):
         Vocabulary.from_captions(["a dog"] * 4)

@@ -5,17 +5,28 @@ Shapes: B images still searched, K beams, V words, T tokens so far, R = B * K ro
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from raycap.errors import ConfigurationError
 from raycap.model.config import DecodingConfig
-from raycap.model.decoder import Decoder, Memory
+from raycap.model.decoder import Memory, State, Step
 from raycap.model.vocabulary import BOS, EOS, PAD, UNKNOWN
 
 NEVER = float("-inf")
+Features = TypeVar("Features", contravariant=True)
+
+
+class StepDecoder(Protocol[Features]):
+    """What a search or a sampler asks of a `Decoder`, or of several as one."""
+
+    def remember(self, features: Features, /) -> tuple[Memory, State]:
+        """As `Decoder.remember`."""
+
+    def step(self, tokens_R: Tensor, state: State, memory: Memory) -> Step:
+        """As `Decoder.step`."""
 
 
 class Hypothesis(NamedTuple):
@@ -30,7 +41,7 @@ class Hypothesis(NamedTuple):
 
 
 @torch.inference_mode()
-def beam_search(decoder: Decoder, features_BPC: Tensor, config: DecodingConfig) -> list[list[Hypothesis]]:
+def beam_search(decoder: StepDecoder[Features], features: Features, config: DecodingConfig) -> list[list[Hypothesis]]:
     """The `config.beam_size` best captions of each image, best first; all of one image differ from each other.
 
     In each step every image keeps its K best unfinished beams; a beam that ends among its image's K best candidates is
@@ -39,7 +50,7 @@ def beam_search(decoder: Decoder, features_BPC: Tensor, config: DecodingConfig) 
     Beam size 1 is greedy decoding.
 
     Args:
-        features_BPC: floating point [B, P, C], from `Encoder`.
+        features: what the decoder remembers of B images; for a `Decoder` floating point [B, P, C], from `Encoder`.
 
     Returns:
         One list for each image, of 1 to K hypotheses. Fewer than K only if no more captions are allowed, as with a
@@ -48,8 +59,8 @@ def beam_search(decoder: Decoder, features_BPC: Tensor, config: DecodingConfig) 
     Raises ConfigurationError if the decoder's scores are not numbers.
     """
     beams = config.beam_size
-    num_images, device = features_BPC.shape[0], features_BPC.device
-    memory, state = decoder.remember(features_BPC)
+    memory, state = decoder.remember(features)
+    num_images, device = len(state[0]), state[0].device
     state = tuple(tensor.repeat_interleave(beams, 0) for tensor in state)
     tokens_BKT = torch.full((num_images, beams, 1), BOS, device=device)
     # All beams of an image start equal, so only the first is continued in the first step: that keeps captions distinct.

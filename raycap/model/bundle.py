@@ -7,6 +7,9 @@ vocabulary.json     the words, in id order
 model.safetensors   the weights of encoder and decoder (tensors only: loading runs no code)
 metrics.json        scores with split, beam size and tokenizer
 README.md           the model card
+
+Format 1 holds one encoder and one decoder. Format 2 holds an ensemble: encoders, and members that are each a decoder
+and the index of its encoder.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load as safetensors_load
@@ -24,12 +27,15 @@ from safetensors.torch import save as safetensors_save
 
 from raycap.errors import BundleError, ConfigurationError, NotFoundError, ObjectError, ObjectNotFoundError
 from raycap.images import Preprocessing
-from raycap.model.config import DecoderConfig, DecodingConfig, EncoderConfig
+from raycap.model.config import DecoderConfig, DecodingConfig, EncoderConfig, WeightsDtype
+from raycap.model.decoder import build_decoder
+from raycap.model.encoder import build_encoder
+from raycap.model.ensemble import EnsembleNetwork
 from raycap.model.network import CaptionNetwork
 from raycap.model.vocabulary import Vocabulary
 from raycap.storage import S3Options, Store, open_store
 
-FORMAT_VERSION = 1
+SINGLE, ENSEMBLE = FORMATS = (1, 2)
 CONFIG, VOCABULARY, WEIGHTS, METRICS, CARD = (
     "config.json",
     "vocabulary.json",
@@ -37,7 +43,6 @@ CONFIG, VOCABULARY, WEIGHTS, METRICS, CARD = (
     "metrics.json",
     "README.md",
 )
-WeightsDtype = Literal["float32", "float16"]
 T = TypeVar("T")
 
 
@@ -50,7 +55,7 @@ def shipped_bundle() -> str:
 class Bundle:
     """A captioning model and everything needed to use it."""
 
-    network: CaptionNetwork
+    network: CaptionNetwork | EnsembleNetwork
     vocabulary: Vocabulary
     preprocessing: Preprocessing
     decoding: DecodingConfig
@@ -58,6 +63,15 @@ class Bundle:
     card: str = ""
     model_id: str = ""
     """Names the weights in the captions output, by a digest of the weights file. Loading sets it, `save` returns it."""
+
+    @property
+    def single(self) -> CaptionNetwork:
+        """The network, for what can be done with one alone. Raises ConfigurationError if this is an ensemble."""
+        if isinstance(self.network, EnsembleNetwork):
+            raise ConfigurationError(
+                f"bundle {self.model_id} is an ensemble; expected a single model, such as one of its members"
+            )
+        return self.network
 
     def save(self, location: str, *, s3: S3Options | None = None, weights_dtype: WeightsDtype = "float32") -> str:
         """Write the bundle into the directory or s3:// prefix `location`; return the model id.
@@ -70,9 +84,7 @@ class Bundle:
         state = {name: _portable(tensor, weights_dtype) for name, tensor in self.network.state_dict().items()}
         weights = safetensors_save(state)
         config = {
-            "format_version": FORMAT_VERSION,
-            "encoder": dataclasses.asdict(self.network.encoder.config),
-            "decoder": dataclasses.asdict(self.network.decoder.config),
+            **_architecture(self.network),
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "decoding": dataclasses.asdict(self.decoding),
         }
@@ -97,27 +109,27 @@ class Bundle:
         config = _read_json(store, CONFIG)
         if not isinstance(config, dict) or not isinstance(config.get("format_version"), int):
             raise BundleError(f"{store.uri(CONFIG)}: not a raycap bundle (no format_version)")
-        if not 1 <= config["format_version"] <= FORMAT_VERSION:
+        if config["format_version"] not in FORMATS:
             raise BundleError(
-                f"{location}: bundle format {config['format_version']}, but this raycap reads formats 1 to "
-                f"{FORMAT_VERSION}; upgrade raycap"
+                f"{location}: bundle format {config['format_version']}, but this raycap reads formats {SINGLE} to "
+                f"{ENSEMBLE}; upgrade raycap"
             )
         where = store.uri(CONFIG)
         vocabulary = _read_vocabulary(store)
-        decoder = _parse(DecoderConfig, config, "decoder", where)
-        encoder = _parse(EncoderConfig, config, "encoder", where)
-        if len(vocabulary) != decoder.vocabulary_size:
-            raise BundleError(
-                f"{location}: {VOCABULARY} has {len(vocabulary)} words, but {CONFIG} says vocabulary_size "
-                f"{decoder.vocabulary_size}"
-            )
-        if encoder.num_channels != decoder.feature_size:
-            raise BundleError(
-                f"{where}: the encoder gives {encoder.num_channels} channels, but the decoder expects feature_size "
-                f"{decoder.feature_size}"
-            )
+        encoders, members = _parse_architecture(config, where)
+        for index, decoder in members:
+            if len(vocabulary) != decoder.vocabulary_size:
+                raise BundleError(
+                    f"{location}: {VOCABULARY} has {len(vocabulary)} words, but {CONFIG} says vocabulary_size "
+                    f"{decoder.vocabulary_size}"
+                )
+            if encoders[index].num_channels != decoder.feature_size:
+                raise BundleError(
+                    f"{where}: the encoder gives {encoders[index].num_channels} channels, but the decoder expects "
+                    f"feature_size {decoder.feature_size}"
+                )
         weights = _read(store, WEIGHTS)
-        network = _build(encoder, decoder, where)
+        network = _build(config["format_version"], encoders, members, where)
         _load_weights(network, weights, store.uri(WEIGHTS))
         return cls(
             network=network.eval().requires_grad_(False),
@@ -140,7 +152,46 @@ def _portable(tensor: torch.Tensor, dtype: WeightsDtype) -> torch.Tensor:
 
 def _model_id(config: dict[str, Any], weights: bytes) -> str:
     digest = hashlib.sha256(weights).hexdigest()[:12]
+    if config["format_version"] == ENSEMBLE:
+        return f"ensemble-of-{len(config['members'])}-{digest}"
     return f"{config['encoder']['name']}-{config['decoder']['kind']}-{digest}"
+
+
+def _architecture(network: CaptionNetwork | EnsembleNetwork) -> dict[str, Any]:
+    """The sections of config.json that `_parse_architecture` reads."""
+    if isinstance(network, CaptionNetwork):
+        return {
+            "format_version": SINGLE,
+            "encoder": dataclasses.asdict(network.encoder.config),
+            "decoder": dataclasses.asdict(network.decoder.config),
+        }
+    return {
+        "format_version": ENSEMBLE,
+        "encoders": [dataclasses.asdict(encoder.config) for encoder in network.encoders],
+        "members": [
+            {"encoder": index, "decoder": dataclasses.asdict(decoder.config)} for index, decoder in network.members
+        ],
+    }
+
+
+def _parse_architecture(
+    config: dict[str, Any], where: str
+) -> tuple[list[EncoderConfig], list[tuple[int, DecoderConfig]]]:
+    """The encoders, and for each member the index of its encoder and its decoder."""
+    if config["format_version"] == SINGLE:
+        encoder = _parse(EncoderConfig, config, "encoder", where)
+        return [encoder], [(0, _parse(DecoderConfig, config, "decoder", where))]
+    for section in ("encoders", "members"):
+        if not isinstance(config.get(section), list) or not config[section]:
+            raise BundleError(f"{where}: section {section!r} is missing")
+    encoders = [_parse(EncoderConfig, {"encoders": each}, "encoders", where) for each in config["encoders"]]
+    members = []
+    for member in config["members"]:
+        index = member.get("encoder") if isinstance(member, dict) else None
+        if type(index) is not int or not 0 <= index < len(encoders):
+            raise BundleError(f"{where}: section 'members': expected the index of one of {len(encoders)} encoders")
+        members.append((index, _parse(DecoderConfig, member, "decoder", where)))
+    return encoders, members
 
 
 def _json(value: object) -> bytes:
@@ -175,9 +226,16 @@ def _read_vocabulary(store: Store) -> Vocabulary:
         raise BundleError(f"{store.uri(VOCABULARY)}: {error}") from error
 
 
-def _build(encoder: EncoderConfig, decoder: DecoderConfig, where: str) -> CaptionNetwork:
+def _build(
+    format_version: int, encoders: list[EncoderConfig], members: list[tuple[int, DecoderConfig]], where: str
+) -> CaptionNetwork | EnsembleNetwork:
     try:
-        return CaptionNetwork.build(encoder, decoder)
+        if format_version == SINGLE:
+            return CaptionNetwork.build(encoders[0], members[0][1])
+        return EnsembleNetwork(
+            [build_encoder(config) for config in encoders],
+            [(index, build_decoder(config)) for index, config in members],
+        )
     except (ConfigurationError, RuntimeError) as error:  # RuntimeError: shapes beyond this machine's memory
         raise BundleError(f"{where}: the network cannot be built: {error}") from error
 
@@ -205,7 +263,7 @@ def _typed(name: str, value: Any, wanted: type | None) -> Any:
     return value
 
 
-def _load_weights(network: CaptionNetwork, weights: bytes, where: str) -> None:
+def _load_weights(network: CaptionNetwork | EnsembleNetwork, weights: bytes, where: str) -> None:
     try:
         state = safetensors_load(weights)
     except Exception as error:  # safetensors raises an error type of its native module

@@ -105,6 +105,34 @@ class Captioner:
         """
         if len(pixels) == 0:
             return []
+        return [self._to_caption(of_image) for of_image in self._network.search(self._batch(pixels), self.decoding)]
+
+    def caption_array(self, pixels_BHWC: np.ndarray) -> list[Caption]:
+        """`caption` of a NumPy array, uint8 [B, size, size, 3]."""
+        if pixels_BHWC.dtype != np.uint8:
+            raise ValueError(f"expected uint8 pixels, got {pixels_BHWC.dtype} {list(pixels_BHWC.shape)}")
+        # Arrays out of Ray's object store are read-only, which torch does not know; it warns of them.
+        return self.caption(torch.from_numpy(np.require(pixels_BHWC, requirements=["C", "W"])))
+
+    @torch.inference_mode()
+    def attention(self, pixels: Tensor | Sequence[Tensor], captions: Sequence[str]) -> list[np.ndarray] | None:
+        """Where the model looks in each prepared image for each word of its caption; None if it has no attention.
+
+        One array for each image, float32 [words + 1, rows, cols]: weights over the encoder's grid that sum to 1, for
+        the words that `tokenize` finds in the caption, in order, and then for the caption's end. Any caption can be
+        asked about; words that the model does not know are read as <unk>. Raises ValueError for pixels of another type
+        or shape, or another number of captions.
+        """
+        if len(pixels) != len(captions):
+            raise ValueError(f"expected one caption for each image, got {len(pixels)} images, {len(captions)} captions")
+        if len(pixels) == 0:
+            return []
+        tokens = [self._vocabulary.encode(caption)[1:-1] for caption in captions]
+        weights = self._network.attend(self._batch(pixels), tokens)
+        return None if weights is None else [weights_TRC.cpu().numpy() for weights_TRC in weights]
+
+    def _batch(self, pixels: Tensor | Sequence[Tensor]) -> Tensor:
+        """The pixels as one tensor on the device. Raises ValueError for those of another type or shape."""
         size = self.preprocessing.size_px
         batches = [pixels] if isinstance(pixels, Tensor) else [image[None] for image in pixels]
         for each in batches:
@@ -114,15 +142,7 @@ class Captioner:
                     f"got {each.dtype} {list(pixels.shape if isinstance(pixels, Tensor) else each.shape[1:])}"
                 )
         pixels_BHWC = torch.cat(batches) if len(batches) > 1 else batches[0]
-        hypotheses = self._network.search(pixels_BHWC.to(self.device, non_blocking=True), self.decoding)
-        return [self._to_caption(of_image) for of_image in hypotheses]
-
-    def caption_array(self, pixels_BHWC: np.ndarray) -> list[Caption]:
-        """`caption` of a NumPy array, uint8 [B, size, size, 3]."""
-        if pixels_BHWC.dtype != np.uint8:
-            raise ValueError(f"expected uint8 pixels, got {pixels_BHWC.dtype} {list(pixels_BHWC.shape)}")
-        # Arrays out of Ray's object store are read-only, which torch does not know; it warns of them.
-        return self.caption(torch.from_numpy(np.require(pixels_BHWC, requirements=["C", "W"])))
+        return pixels_BHWC.to(self.device, non_blocking=True)
 
     def _to_caption(self, hypotheses: list[Hypothesis]) -> Caption:
         best, *others = (Alternative(self._vocabulary.decode(h.tokens), h.log_prob) for h in hypotheses)

@@ -6,7 +6,7 @@ Plain data: no torch here, so the command line stays fast.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from raycap.errors import ConfigurationError
 from raycap.model.vocabulary import SPECIAL_TOKENS
@@ -39,7 +39,9 @@ class EncoderConfig:
         require(min(self.std) > 0, f"std must be positive, got {self.std}")
 
 
-DecoderKind = Literal["attention", "show_tell"]
+WeightsDtype = Literal["float32", "float16"]
+"""What the weights of a bundle are stored as."""
+DecoderKind = Literal["attention", "att2in", "show_tell"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,7 @@ class DecoderConfig:
 
     kind: DecoderKind = "attention"
     """attention: two-layer top-down attention LSTM (Anderson et al. 2018, section 3.2).
+    att2in: one LSTM, the attended feature in its cell input alone (Rennie et al. 2017, section 2).
     show_tell: the image as the LSTM's first input (Vinyals et al. 2015)."""
     vocabulary_size: int = 0
     """Number of tokens, the special ones among them."""
@@ -61,7 +64,8 @@ class DecoderConfig:
     """Dropout probability on image features, word embeddings and the LSTM's output, in training."""
 
     def __post_init__(self) -> None:
-        require(self.kind in ("attention", "show_tell"), f"decoder must be attention or show_tell, got {self.kind!r}")
+        kinds = get_args(DecoderKind)
+        require(self.kind in kinds, f"decoder must be one of {', '.join(kinds)}, got {self.kind!r}")
         for name in ("feature_size", "hidden_size", "attention_size"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         num_special = len(SPECIAL_TOKENS)

@@ -4,19 +4,23 @@ Every decoder has three faces. `remember` turns a feature grid into what the ste
 token and scores the next (the search in `beam.py` drives it); `forward` scores whole captions at once, for training.
 
 Shapes: B images, P grid cells, C feature channels, N captions, T steps, V words, H hidden units, A attention units,
-G rows of one image (beams in a search, 1 in training), R = B * G rows, M tokens of a batch of captions.
+G rows of one image (beams in a search, 1 in training), R = B * G rows, M tokens of a batch of captions,
+S units that make the gates of the LSTM that reads the word: 4H, in Att2in 5H.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from dataclasses import replace
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raycap.model.config import DecoderConfig
+from raycap.model.config import DecoderConfig, DecoderKind
+from raycap.model.vocabulary import SPECIAL_TOKENS
 
 Memory = tuple[Tensor, ...]  # what the decoder keeps of each image; [B, ...] each
 NARROW_AT = 0.85  # each narrowing costs a pass over the memory in backward
@@ -35,6 +39,11 @@ class Step(NamedTuple):
 class Decoder(nn.Module, ABC):
     """What the decoders share: tied word embeddings and the loop over time."""
 
+    num_memory: ClassVar[int]
+    """Tensors in its `Memory`."""
+    num_state: ClassVar[int]
+    """Tensors in its `State`."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -43,16 +52,33 @@ class Decoder(nn.Module, ABC):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 
+    def with_vocabulary(self, size: int, *, seed: int = 0) -> Decoder:
+        """A copy for a vocabulary that has words appended, `size` in all: what it knows of the old ones stays.
+
+        A new word begins as the mean of the old words, with noise of a tenth of their spread.
+        """
+        assert size >= self.config.vocabulary_size
+        generator = torch.Generator().manual_seed(seed)
+        grown = copy.deepcopy(self)
+        grown.config = replace(self.config, vocabulary_size=size)
+        grown.embedding.num_embeddings = size
+        for parameter in (grown.embedding.weight, grown.output_bias):
+            old = parameter.data[len(SPECIAL_TOKENS) :]
+            noise = torch.randn(size - len(parameter), *old.shape[1:], generator=generator).to(old)
+            new = old.mean(0) + 0.1 * old.std(0, correction=0) * noise
+            parameter.data = torch.cat([parameter.data, new])
+        return grown
+
     @abstractmethod
     def remember(self, features_BPC: Tensor) -> tuple[Memory, State]:
         """The memory of each image and the state before the first token."""
 
     @abstractmethod
     def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
-        """The part of the first LSTM's gates [..., 4H] that depends on the input tokens alone, [R] or [R, T]."""
+        """The part of the first LSTM's gates [..., S] that depends on the input tokens alone, [R] or [R, T]."""
 
     @abstractmethod
-    def recur(self, gates_R4H: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
+    def recur(self, gates_RS: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         """One step of the recurrence: the output [R, H], the new state and the attention weights."""
 
     def logits(self, output_H: Tensor) -> Tensor:
@@ -98,7 +124,13 @@ class Decoder(nn.Module, ABC):
 
 
 class ShowTellDecoder(Decoder):
-    """Show and Tell (Vinyals et al. 2015): CNN, linear layer, one LSTM that reads the image before the first word."""
+    """Show and Tell (Vinyals et al. 2015): CNN, linear layer, one LSTM that reads the image before the first word.
+
+    Unlike in the paper, the cell's output passes a tanh (equation 8 has none; the authors' released code does so too)
+    and input and output embeddings are tied.
+    """
+
+    num_memory, num_state = 0, 2
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
@@ -112,18 +144,14 @@ class ShowTellDecoder(Decoder):
     def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
         return F.linear(self.dropout(self.embedding(tokens)), self.lstm.weight_ih, self.lstm.bias_ih)
 
-    def recur(self, gates_R4H: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
+    def recur(self, gates_RS: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         hidden_RH, cell_RH = state
-        hidden_RH, cell_RH = lstm(gates_R4H + F.linear(hidden_RH, self.lstm.weight_hh, self.lstm.bias_hh), cell_RH)
+        hidden_RH, cell_RH = lstm(gates_RS + F.linear(hidden_RH, self.lstm.weight_hh, self.lstm.bias_hh), cell_RH)
         return hidden_RH, (hidden_RH, cell_RH), None
 
 
-class AttentionDecoder(Decoder):
-    """Two-layer top-down attention (Anderson et al. 2018, section 3.2) on a CNN's grid, after a learned bottleneck.
-
-    The first LSTM reads [language LSTM's last output, mean feature, word]; its output asks the grid (additive
-    attention, equation 3); the second LSTM reads [attended feature, first LSTM's output] and gives the words.
-    """
+class AttendingDecoder(Decoder):
+    """What the decoders with attention share: a learned bottleneck, and the attention over what comes out of it."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
@@ -132,24 +160,54 @@ class AttentionDecoder(Decoder):
         self.key = nn.Linear(hidden, attention, bias=False)
         self.query = nn.Linear(hidden, attention)
         self.energy = nn.Linear(attention, 1, bias=False)
+
+    def grid(self, features_BPC: Tensor) -> tuple[Tensor, Tensor]:
+        """What `attend` reads of each image: its values [B, P, H] and their keys [B, P, A]."""
+        values_BPH = self.dropout(torch.relu(self.bottleneck(features_BPC)))
+        return values_BPH, self.key(values_BPH)
+
+    def init_as_lstm(self, *layers: nn.Linear) -> None:
+        """Draw the weights of layers that are parts of an LSTM, as nn.LSTM does."""
+        bound = self.config.hidden_size**-0.5
+        for layer in layers:
+            nn.init.uniform_(layer.weight, -bound, bound)
+
+    def attend(self, query_RH: Tensor, values_BPH: Tensor, keys_BPA: Tensor) -> tuple[Tensor, Tensor]:
+        """Additive attention (Anderson et al. 2018, equation 3): the attended value [R, H] and the weights [R, P]."""
+        num_images, num_cells, _ = values_BPH.shape
+        query_BG1A = self.query(query_RH).view(num_images, -1, 1, self.config.attention_size)
+        energy_BGP = self.energy(torch.tanh(keys_BPA[:, None] + query_BG1A)).squeeze(-1)
+        weights_BGP = torch.softmax(energy_BGP, -1)
+        context_BGH = weights_BGP @ values_BPH
+        return context_BGH.reshape(-1, values_BPH.shape[-1]), weights_BGP.reshape(-1, num_cells)
+
+
+class AttentionDecoder(AttendingDecoder):
+    """Two-layer top-down attention (Anderson et al. 2018, section 3.2) on a CNN's grid, after a learned bottleneck.
+
+    The first LSTM reads [language LSTM's last output, mean feature, word]; its output asks the grid; the second LSTM
+    reads [attended feature, first LSTM's output] and gives the words.
+    """
+
+    num_memory, num_state = 3, 4
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        hidden = config.hidden_size
         # Both LSTMs are split by what their inputs depend on: what needs no recurrence runs as one product.
         self.attention_lstm_word = nn.Linear(hidden, 4 * hidden)
         self.attention_lstm_image = nn.Linear(hidden, 4 * hidden, bias=False)
         self.attention_lstm_state = nn.Linear(2 * hidden, 4 * hidden, bias=False)
         self.language_lstm = nn.Linear(3 * hidden, 4 * hidden)
-        for layer in (
-            self.attention_lstm_word,
-            self.attention_lstm_image,
-            self.attention_lstm_state,
-            self.language_lstm,
-        ):
-            nn.init.uniform_(layer.weight, -(hidden**-0.5), hidden**-0.5)  # as nn.LSTM
+        self.init_as_lstm(
+            self.attention_lstm_word, self.attention_lstm_image, self.attention_lstm_state, self.language_lstm
+        )
 
     def remember(self, features_BPC: Tensor) -> tuple[Memory, State]:
-        values_BPH = self.dropout(torch.relu(self.bottleneck(features_BPC)))
+        values_BPH, keys_BPA = self.grid(features_BPC)
         image_gates_B4H = self.attention_lstm_image(values_BPH.mean(1))
         zeros_BH = values_BPH.new_zeros(values_BPH.shape[0], self.config.hidden_size)
-        return (values_BPH, self.key(values_BPH), image_gates_B4H), (zeros_BH,) * 4
+        return (values_BPH, keys_BPA, image_gates_B4H), (zeros_BH,) * 4
 
     def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
         *_, image_gates_B4H = memory
@@ -159,23 +217,53 @@ class AttentionDecoder(Decoder):
         gates: Tensor = grouped.view_as(word_gates)
         return gates
 
-    def recur(self, gates_R4H: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
+    def recur(self, gates_RS: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         attention_h, attention_c, language_h, language_c = state
+        values_BPH, keys_BPA, _ = memory
         recurrent_R4H = self.attention_lstm_state(torch.cat([language_h, attention_h], -1))
-        attention_h, attention_c = lstm(gates_R4H + recurrent_R4H, attention_c)
-        context_RH, weights_RP = self._attend(attention_h, memory)
+        attention_h, attention_c = lstm(gates_RS + recurrent_R4H, attention_c)
+        context_RH, weights_RP = self.attend(attention_h, values_BPH, keys_BPA)
         language_gates_R4H = self.language_lstm(torch.cat([context_RH, attention_h, language_h], -1))
         language_h, language_c = lstm(language_gates_R4H, language_c)
         return language_h, (attention_h, attention_c, language_h, language_c), weights_RP
 
-    def _attend(self, query_RH: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        values_BPH, keys_BPA, _ = memory
-        num_images, num_cells, _ = values_BPH.shape
-        query_BG1A = self.query(query_RH).view(num_images, -1, 1, self.config.attention_size)
-        energy_BGP = self.energy(torch.tanh(keys_BPA[:, None] + query_BG1A)).squeeze(-1)
-        weights_BGP = torch.softmax(energy_BGP, -1)
-        context_BGH = weights_BGP @ values_BPH
-        return context_BGH.reshape(-1, values_BPH.shape[-1]), weights_BGP.reshape(-1, num_cells)
+
+class Att2inDecoder(AttendingDecoder):
+    """Att2in (Rennie et al. 2017, section 2): one LSTM, whose cell input alone reads the attended feature.
+
+    The last output asks the grid; the cell's input is a maxout of two units, each of [word, last output, attended
+    feature]; the gates read word and last output.
+    """
+
+    num_memory, num_state = 2, 2
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        hidden = config.hidden_size
+        # Of the 5H: input, forget and output gate, and the two units of the cell's input.
+        self.lstm_word = nn.Linear(hidden, 5 * hidden)
+        self.lstm_state = nn.Linear(hidden, 5 * hidden, bias=False)
+        self.cell_image = nn.Linear(hidden, 2 * hidden, bias=False)
+        self.init_as_lstm(self.lstm_word, self.lstm_state, self.cell_image)
+
+    def remember(self, features_BPC: Tensor) -> tuple[Memory, State]:
+        values_BPH, keys_BPA = self.grid(features_BPC)
+        zeros_BH = values_BPH.new_zeros(values_BPH.shape[0], self.config.hidden_size)
+        return (values_BPH, keys_BPA), (zeros_BH, zeros_BH)
+
+    def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
+        gates: Tensor = self.lstm_word(self.dropout(self.embedding(tokens)))
+        return gates
+
+    def recur(self, gates_RS: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
+        hidden_RH, cell_RH = state
+        context_RH, weights_RP = self.attend(hidden_RH, *memory)
+        hidden_size = self.config.hidden_size
+        gates_R3H, units_R2H = (gates_RS + self.lstm_state(hidden_RH)).split([3 * hidden_size, 2 * hidden_size], -1)
+        input_, forget, output = torch.sigmoid(gates_R3H).chunk(3, -1)
+        cell_RH = forget * cell_RH + input_ * torch.maximum(*(units_R2H + self.cell_image(context_RH)).chunk(2, -1))
+        hidden_RH = output * torch.tanh(cell_RH)
+        return hidden_RH, (hidden_RH, cell_RH), weights_RP
 
 
 def lstm(gates_R4H: Tensor, cell_RH: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,4 +275,9 @@ def lstm(gates_R4H: Tensor, cell_RH: Tensor) -> tuple[Tensor, Tensor]:
 
 def build_decoder(config: DecoderConfig) -> Decoder:
     """The decoder that `config.kind` names, with fresh weights."""
-    return {"attention": AttentionDecoder, "show_tell": ShowTellDecoder}[config.kind](config)
+    kinds: dict[DecoderKind, type[Decoder]] = {
+        "attention": AttentionDecoder,
+        "att2in": Att2inDecoder,
+        "show_tell": ShowTellDecoder,
+    }
+    return kinds[config.kind](config)

@@ -19,6 +19,14 @@ def tokenize(caption: str) -> list[str]:
     return _WORD.findall(caption.lower().replace("’", "'"))
 
 
+def _frequent(captions: Iterable[str], min_count: int) -> list[str]:
+    """Words seen at least `min_count` times, the most frequent first, ties in alphabetical order."""
+    counts = Counter(word for caption in captions for word in tokenize(caption))
+    return sorted(
+        (word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word)
+    )
+
+
 class Vocabulary:
     """A two-way map of words and ids. The ids 0 to 3 are <pad>, <bos>, <eos> and <unk>."""
 
@@ -44,19 +52,23 @@ class Vocabulary:
     @classmethod
     def from_captions(cls, captions: Iterable[str], *, min_count: int = 5) -> Vocabulary:
         """All words seen at least `min_count` times, the most frequent first (ties in alphabetical order)."""
-        counts = Counter(word for caption in captions for word in tokenize(caption))
-        kept = sorted(
-            (word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word)
-        )
+        kept = _frequent(captions, min_count)
         if not kept:
             raise ConfigurationError(f"no word occurs {min_count} times in the training captions; lower --min-count")
         return cls([*SPECIAL_TOKENS, *kept])
 
+    def extended(self, captions: Iterable[str], *, min_count: int = 5) -> Vocabulary:
+        """The same words with the same ids, and after them those of the captions that are new.
+
+        As `from_captions`: words seen at least `min_count` times, the most frequent first. There may be none.
+        """
+        return Vocabulary([*self.words, *(word for word in _frequent(captions, min_count) if word not in self._ids)])
+
     def __len__(self) -> int:
         return len(self.words)
 
-    def encode(self, caption: str, *, max_length: int) -> list[int]:
-        """<bos>, at most `max_length` word ids, <eos>. Words outside the vocabulary become <unk>."""
+    def encode(self, caption: str, *, max_length: int | None = None) -> list[int]:
+        """<bos>, at most `max_length` word ids (None: all), <eos>. Words outside the vocabulary become <unk>."""
         ids = [self._ids.get(word, UNKNOWN) for word in tokenize(caption)[:max_length]]
         return [BOS, *ids, EOS]
 
