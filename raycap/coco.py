@@ -1,5 +1,6 @@
 """The COCO captions formats, in and out: annotations (`images`, `annotations`) and results (`image_id`, `caption`).
 
+Annotations may also be one of the split files of Karpathy and Fei-Fei 2015 (`images` with `sentences` and `split`).
 Every file comes from outside, so every entry is checked and the first wrong one is named. Knows nothing of pictures,
 torch or Ray. Formats: https://cocodataset.org/#format-data and https://cocodataset.org/#format-results
 """
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from raycap.errors import ConfigurationError
-from raycap.storage import S3Options, is_s3, read_bytes, write_bytes
+from raycap.errors import ConfigurationError, CredentialsError
+from raycap.storage import S3Options, is_s3, open_store, read_bytes, write_bytes
 
 __all__ = ["CaptionedImage", "read_captions", "read_results", "write_results"]
 
@@ -22,7 +25,11 @@ logger = logging.getLogger(__name__)
 _CAPTIONS_EXPECTED = (
     'a COCO captions file, {"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}'
 )
+_KARPATHY_EXPECTED = (
+    'a Karpathy split file, {"images": [{"filename", "imgid", "split", "sentences": [{"raw"}, ...]}, ...]}'
+)
 _RESULTS_EXPECTED = 'a COCO results file, [{"image_id": 1, "caption": "a dog runs"}, ...]'
+_WITH_SPLIT = re.compile(r"(.+)#([\w+-]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,64 +46,41 @@ class CaptionedImage:
 def read_captions(location: str, s3: S3Options | None = None) -> list[CaptionedImage]:
     """Images and their captions, both in the order of the file.
 
-    Blank captions are dropped and images without captions are kept out; both are counted in a logged warning.
+    Of a Karpathy split file one split or several are read: `dataset_coco.json#val`, `dataset_coco.json#train+restval`.
+    A file whose own name ends so is opened as it is. Blank captions are dropped and images without captions are kept
+    out; both are counted in a logged warning.
 
     Raises:
-        ConfigurationError: the file cannot be read, or does not hold what a COCO captions file holds.
+        ConfigurationError: the file cannot be read, does not hold what a COCO captions file holds, or no such split.
         StorageError: `location` is on S3 and S3 fails.
     """
+    location, split = _split_off(location, s3)
     content = _read_json(location, s3, _CAPTIONS_EXPECTED)
     if not isinstance(content, dict):
         hint = " (it looks like a results file)" if isinstance(content, list) else ""
         raise ConfigurationError(f"{location}: expected {_CAPTIONS_EXPECTED}, got {_kind(content)}{hint}")
+    if _is_karpathy(content):
+        images = _karpathy_images(content, split, location)
+    elif split is not None:
+        raise ConfigurationError(
+            f"{location}: only a Karpathy split file has splits, and this is a COCO captions file; leave out #{split}"
+        )
+    else:
+        images = _coco_images(content, location)
 
-    file_names: dict[int, str] = {}
-    for where, entry in _entries(content, "images", location):
-        image_id = _integer(entry, "id", where)
-        if image_id in file_names:
-            raise ConfigurationError(f"{where}: the image id {image_id} is there twice; every image needs its own id")
-        file_names[image_id] = _text(entry, "file_name", where)
-        if not file_names[image_id].strip():
-            raise ConfigurationError(f"{where}: 'file_name' is blank; expected the path of the image")
-
-    captions: dict[int, list[str]] = {image_id: [] for image_id in file_names}
-    annotation_ids: set[int] = set()
-    num_blank = 0
-    for where, entry in _entries(content, "annotations", location):
-        image_id = _integer(entry, "image_id", where)
-        if image_id not in captions:
-            raise ConfigurationError(
-                f"{where}: image_id {image_id} is not among the file's {len(file_names)} images; "
-                "add the image to 'images' or remove the annotation"
-            )
-        if "id" in entry:
-            annotation_id = _integer(entry, "id", where)
-            if annotation_id in annotation_ids:
-                raise ConfigurationError(
-                    f"{where}: the annotation id {annotation_id} is there twice; was one file appended to another? "
-                    "Every annotation needs its own id"
-                )
-            annotation_ids.add(annotation_id)
-        caption = _text(entry, "caption", where).strip()
-        if caption:
-            captions[image_id].append(caption)
-        else:
-            num_blank += 1
-
-    if num_blank:
-        logger.warning("%s: dropped %d blank captions of %s", location, num_blank, len(content["annotations"]))
     captioned = [
-        CaptionedImage(image_id, file_name, tuple(captions[image_id]))
-        for image_id, file_name in file_names.items()
-        if captions[image_id]
+        replace(image, captions=tuple(filter(None, image.captions))) for image in images if any(image.captions)
     ]
+    num_captions = sum(len(image.captions) for image in images)
+    if num_blank := num_captions - sum(len(image.captions) for image in captioned):
+        logger.warning("%s: dropped %d blank captions of %s", location, num_blank, num_captions)
     if not captioned:
         raise ConfigurationError(
-            f"{location}: none of its {len(file_names)} images has a caption; expected {_CAPTIONS_EXPECTED}"
+            f"{location}: none of its {len(images)} images has a caption; expected {_CAPTIONS_EXPECTED}"
         )
-    if len(captioned) < len(file_names):
-        num_bare = len(file_names) - len(captioned)
-        logger.warning("%s: kept out %d images of %d that have no caption", location, num_bare, len(file_names))
+    if len(captioned) < len(images):
+        num_bare = len(images) - len(captioned)
+        logger.warning("%s: kept out %d images of %d that have no caption", location, num_bare, len(images))
     return captioned
 
 
@@ -134,6 +118,86 @@ def write_results(location: str, captions: Mapping[int, str], s3: S3Options | No
     write_bytes(location, data, s3 or S3Options())
 
 
+def _coco_images(content: dict[str, Any], location: str) -> list[CaptionedImage]:
+    """All images, with all that the file gives as their captions."""
+    file_names: dict[int, str] = {}
+    for where, entry in _entries(content, "images", location):
+        image_id = _new_id(entry, "id", where, file_names)
+        file_names[image_id] = _file_name(entry, "file_name", where)
+
+    captions: dict[int, list[str]] = {image_id: [] for image_id in file_names}
+    annotation_ids: set[int] = set()
+    for where, entry in _entries(content, "annotations", location):
+        image_id = _integer(entry, "image_id", where)
+        if image_id not in captions:
+            raise ConfigurationError(
+                f"{where}: image_id {image_id} is not among the file's {len(file_names)} images; "
+                "add the image to 'images' or remove the annotation"
+            )
+        if "id" in entry:
+            annotation_id = _integer(entry, "id", where)
+            if annotation_id in annotation_ids:
+                raise ConfigurationError(
+                    f"{where}: the annotation id {annotation_id} is there twice; was one file appended to another? "
+                    "Every annotation needs its own id"
+                )
+            annotation_ids.add(annotation_id)
+        captions[image_id].append(_text(entry, "caption", where).strip())
+    return [
+        CaptionedImage(image_id, file_name, tuple(captions[image_id])) for image_id, file_name in file_names.items()
+    ]
+
+
+def _is_karpathy(content: dict[str, Any]) -> bool:
+    images = content.get("images")
+    return isinstance(images, list) and any(isinstance(entry, dict) and "sentences" in entry for entry in images)
+
+
+def _karpathy_images(content: dict[str, Any], split: str | None, location: str) -> list[CaptionedImage]:
+    """As `_coco_images`, of the images of `split`: one or, joined by `+`, several."""
+    wanted = split.split("+") if split else []
+    num_images: dict[str, int] = {}
+    images: dict[int, CaptionedImage] = {}
+    for where, entry in _entries(content, "images", location):
+        split_of_image = _text(entry, "split", where)
+        num_images[split_of_image] = num_images.get(split_of_image, 0) + 1
+        if split_of_image not in wanted:
+            continue
+        image_id = _new_id(entry, "cocoid" if "cocoid" in entry else "imgid", where, images)
+        file_name = _file_name(entry, "filename", where)
+        if "filepath" in entry and (folder := _text(entry, "filepath", where)):
+            file_name = f"{folder}/{file_name}"
+        sentences = _entries(entry, "sentences", where, expected=_KARPATHY_EXPECTED)
+        images[image_id] = CaptionedImage(
+            image_id, file_name, tuple(_text(sentence, "raw", which).strip() for which, sentence in sentences)
+        )
+    if not wanted or not num_images.keys() >= set(wanted):
+        splits = ", ".join(f"{name} ({count} images)" for name, count in num_images.items())
+        raise ConfigurationError(
+            f"{location}: a Karpathy split file, read by split; expected one or more of {splits}, "
+            f"got {split or 'none'}; write for example {location}#{'+'.join(list(num_images)[:2])}"
+        )
+    return list(images.values())
+
+
+def _split_off(location: str, s3: S3Options | None) -> tuple[str, str | None]:
+    """The file, and the split that follows its name."""
+    match = _WITH_SPLIT.fullmatch(location)
+    if match is None or _is_file(location, s3):
+        return location, None
+    return match[1], match[2]
+
+
+def _is_file(location: str, s3: S3Options | None) -> bool:
+    if not is_s3(location):
+        return Path(location).is_file()
+    folder, _, name = location.rpartition("/")
+    try:
+        return open_store(f"{folder}/", replace(s3 or S3Options(), max_outage_s=0.0)).exists(name)
+    except CredentialsError:  # the answer for a missing object where the keys may not list
+        return False
+
+
 def _read_json(location: str, s3: S3Options | None, expected: str) -> Any:
     """Parsed JSON, whatever it is."""
     try:
@@ -164,13 +228,13 @@ def _read(location: str, s3: S3Options | None, expected: str) -> bytes:
         raise ConfigurationError(f"{location}: the file cannot be read: {reason}; expected {expected}") from error
 
 
-def _entries(content: dict[str, Any], key: str, location: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _entries(
+    content: dict[str, Any], key: str, location: str, *, expected: str = _CAPTIONS_EXPECTED
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each entry of the list `key`, with the words that name it in a message."""
     if key not in content:
         found = ", ".join(repr(name) for name in list(content)[:8]) or "nothing"
-        raise ConfigurationError(
-            f"{location}: the key '{key}' is missing, found {found}; expected {_CAPTIONS_EXPECTED}"
-        )
+        raise ConfigurationError(f"{location}: the key '{key}' is missing, found {found}; expected {expected}")
     if not isinstance(content[key], list):
         raise ConfigurationError(f"{location}: expected '{key}' to be a list, got {_kind(content[key])}")
     for index, entry in enumerate(content[key]):
@@ -178,6 +242,20 @@ def _entries(content: dict[str, Any], key: str, location: str) -> Iterator[tuple
         if not isinstance(entry, dict):
             raise ConfigurationError(f"{where}: expected an object, got {_kind(entry)}")
         yield where, entry
+
+
+def _new_id(entry: dict[str, Any], key: str, where: str, known: Container[int]) -> int:
+    image_id = _integer(entry, key, where)
+    if image_id in known:
+        raise ConfigurationError(f"{where}: the image id {image_id} is there twice; every image needs its own id")
+    return image_id
+
+
+def _file_name(entry: dict[str, Any], key: str, where: str) -> str:
+    file_name = _text(entry, key, where)
+    if not file_name.strip():
+        raise ConfigurationError(f"{where}: '{key}' is blank; expected the path of the image")
+    return file_name
 
 
 def _integer(entry: dict[str, Any], key: str, where: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raycap.coco import CaptionedImage, read_captions, read_results, write_results
-from raycap.errors import ConfigurationError, StorageError
+from raycap.errors import ConfigurationError, CredentialsError, StorageError
 from raycap.storage import S3Options
 from tests.s3 import S3Server
 
@@ -61,6 +61,91 @@ def test_blank_captions_and_images_without_any_are_left_out_and_counted(
 def test_a_good_file_warns_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read_captions(captions_file(tmp_path))
     assert caplog.records == []
+
+
+def sentences(*captions: str) -> list[dict[str, Any]]:
+    return [{"raw": caption, "tokens": caption.split(), "sentid": 0} for caption in captions]
+
+
+KARPATHY = [
+    {"filepath": "val2014", "filename": "v.jpg", "imgid": 0, "cocoid": 391, "split": "test"}
+    | {"sentences": sentences("a man.", " A bike\n")},
+    {"filepath": "train2014", "filename": "t.jpg", "imgid": 1, "cocoid": 52, "split": "train"}
+    | {"sentences": sentences("a dog")},
+    {"filename": "r.jpg", "imgid": 2, "split": "restval", "sentences": sentences("a cat", " ")},
+]
+
+
+def karpathy_file(tmp_path: Path, images: Any = KARPATHY) -> str:
+    return write(tmp_path / "dataset.json", {"images": images, "dataset": "coco"})
+
+
+def test_a_split_of_a_karpathy_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    location = karpathy_file(tmp_path)
+    assert read_captions(f"{location}#test") == [CaptionedImage(391, "val2014/v.jpg", ("a man.", "A bike"))]
+    assert caplog.records == []
+    assert read_captions(f"{location}#restval+train") == [
+        CaptionedImage(52, "train2014/t.jpg", ("a dog",)),
+        CaptionedImage(2, "r.jpg", ("a cat",)),
+    ]
+    assert [record.message for record in caplog.records] == [f"{location}: dropped 1 blank captions of 3"]
+
+
+def test_a_split_may_not_hold_an_image_twice_but_others_may(tmp_path: Path) -> None:
+    location = karpathy_file(tmp_path, [*KARPATHY, KARPATHY[1] | {"split": "extra"}])
+    assert len(read_captions(f"{location}#train")) == 1
+    with pytest.raises(ConfigurationError, match=r"images\[3\]: the image id 52 is there twice"):
+        read_captions(f"{location}#train+extra")
+
+
+@pytest.mark.parametrize(
+    ("split", "got"),
+    [("", "got none"), ("#val", "got val"), ("#train+val", r"got train\+val"), ("#train+", r"got train\+")],
+)
+def test_splits_that_are_not_in_a_karpathy_file(split: str, got: str, tmp_path: Path) -> None:
+    splits = r"expected one or more of test \(1 images\), train \(1 images\), restval \(1 images\)"
+    with pytest.raises(ConfigurationError, match=rf"{splits}, {got}; write for example .*dataset\.json#test\+train$"):
+        read_captions(karpathy_file(tmp_path) + split)
+
+
+def test_a_coco_file_has_no_splits(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"only a Karpathy split file has splits, .*; leave out #train$"):
+        read_captions(captions_file(tmp_path) + "#train")
+    with pytest.raises(ConfigurationError, match=r"nowhere\.json: there is no such file"):
+        read_captions(str(tmp_path / "nowhere.json#train"))
+
+
+@pytest.mark.parametrize("name", ["captions#train", "captions#1.json", "#train"])
+def test_a_file_whose_name_holds_the_sign_of_a_split(name: str, tmp_path: Path) -> None:
+    location = write(tmp_path / name, {"images": IMAGES, "annotations": ANNOTATIONS})
+    assert [image.image_id for image in read_captions(location)] == [7, 3]
+
+
+WRONG_KARPATHY = {
+    "no object": (5, r"images\[3\]: expected an object, got a number"),
+    "no split": ({"filename": "x"}, r"images\[3\]: the key 'split' is missing, found 'filename'"),
+    "no id": ({"split": "train"}, r"images\[3\]: the key 'imgid' is missing, found 'split'"),
+    "no file name": ({"split": "train", "imgid": 9}, r"images\[3\]: the key 'filename' is missing"),
+    "blank file name": ({"split": "train", "imgid": 9, "filename": ""}, r"images\[3\]: 'filename' is blank"),
+    "folder is a number": (
+        {"split": "train", "imgid": 9, "filename": "x", "filepath": 3},
+        r"images\[3\]: expected 'filepath' to be a string, got a number 3",
+    ),
+    "no sentences": (
+        {"split": "train", "imgid": 9, "filename": "x"},
+        r"images\[3\]: the key 'sentences' is missing, .*expected a Karpathy split file",
+    ),
+    "no text": (
+        {"split": "train", "imgid": 9, "filename": "x", "sentences": [{"tokens": []}]},
+        r"images\[3\]: sentences\[0\]: the key 'raw' is missing, found 'tokens'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("entry", "message"), WRONG_KARPATHY.values(), ids=WRONG_KARPATHY.keys())
+def test_a_wrong_entry_of_a_karpathy_file_is_named(tmp_path: Path, entry: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        read_captions(karpathy_file(tmp_path, [*KARPATHY, entry]) + "#train")
 
 
 MALFORMED_CAPTIONS = {
@@ -205,6 +290,21 @@ def test_captions_and_results_live_on_s3_too(s3_server: S3Server, monkeypatch: p
     content = json.dumps({"images": IMAGES, "annotations": ANNOTATIONS}).encode()
     s3_server.client().put_object(Bucket="captions", Key="a/captions.json", Body=content)
     assert [image.image_id for image in read_captions("s3://captions/a/captions.json")] == [7, 3]
+
+    for key, images in (("a/dataset.json", KARPATHY), ("a/dataset.json#odd", KARPATHY[:1])):
+        body = json.dumps({"images": images}).encode()
+        s3_server.client().put_object(Bucket="captions", Key=key, Body=body)
+    assert [image.image_id for image in read_captions("s3://captions/a/dataset.json#train")] == [52]
+    with pytest.raises(
+        ConfigurationError, match=r"dataset\.json#odd: .*expected one or more of test \(1 images\), got none"
+    ):
+        read_captions("s3://captions/a/dataset.json#odd")
+    assert [image.image_id for image in read_captions("s3://captions/a/dataset.json#odd#test")] == [391]
+    with monkeypatch.context() as as_outsider:
+        for name, value in s3_server.env(s3_server.outsider).items():
+            as_outsider.setenv(name, value)
+        with pytest.raises(CredentialsError, match=r"s3://captions/a/dataset\.json(?!#)"):
+            read_captions("s3://captions/a/dataset.json#train")
 
     s3 = S3Options(endpoint_url=s3_server.endpoint_url)
     write_results("s3://captions/a/results.json", {7: "a dog"}, s3)

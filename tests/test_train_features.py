@@ -45,7 +45,14 @@ def store(tmp_path: Path) -> Store:
 def compute(store: Store, directory: Path, *, names: list[str] = NAMES, flip: bool = True, **settings: Any) -> Features:
     encoder = settings.pop("encoder", None) or small_encoder()
     preprocessing = settings.pop("preprocessing", PREPROCESSING)
-    return compute_features(encoder, preprocessing, store, names, directory / "features", flip=flip, **settings)
+    cache = open_store(directory / "features")
+    unused = directory / "unused"
+    return compute_features(encoder, preprocessing, store, names, cache, local_dir=unused, flip=flip, **settings)
+
+
+def array(features: Features) -> np.ndarray:
+    """float16 [N, V, P, C]."""
+    return np.concatenate(features.shards)
 
 
 @torch.inference_mode()
@@ -57,25 +64,44 @@ def direct(store: Store, name: str, *, mirrored: bool = False) -> np.ndarray:
     return features_PC
 
 
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The five images are three shards, the last of one image."""
+    monkeypatch.setattr(features_module, "SHARD_IMAGES", 2)
+    monkeypatch.setattr(features_module, "BATCH_SIZE", 1)
+
+
 def test_both_variants_of_every_image(store: Store, tmp_path: Path) -> None:
     features = compute(store, tmp_path)
     assert features.num_variants == 2
     assert features.failed == {}
-    assert features.array_NVPC.shape == (5, 2, 4, 6)
-    assert features.array_NVPC.dtype == np.float16
+    (array_NVPC,) = features.shards
+    assert array_NVPC.shape == (5, 2, 4, 6)
+    assert array_NVPC.dtype == np.float16
     for row, name in enumerate(NAMES):
         for variant in (0, 1):
             expected_PC = direct(store, name, mirrored=variant == 1)
-            np.testing.assert_allclose(features.array_NVPC[row, variant], expected_PC, rtol=2e-3, atol=2e-3)
-    assert not np.allclose(features.array_NVPC[:, 0], features.array_NVPC[:, 1], atol=1e-2)
-    batch = features.batch(np.array([3, 0, 3]), np.array([0, 1, 1]))
+            np.testing.assert_allclose(array_NVPC[row, variant], expected_PC, rtol=2e-3, atol=2e-3)
+    assert not np.allclose(array_NVPC[:, 0], array_NVPC[:, 1], atol=1e-2)
+    assert isinstance(array_NVPC, np.memmap)
+    assert not (tmp_path / "unused").exists(), "the cache is local already"
+
+
+@pytest.mark.parametrize("shard_lengths", [(5,), (2, 2, 1), (3, 2)])
+def test_batches_are_gathered_from_all_shards(shard_lengths: tuple[int, ...]) -> None:
+    array_NVPC = np.random.default_rng(0).normal(size=(5, 2, 3, 4)).astype(np.float16)
+    features = Features(np.split(array_NVPC, np.cumsum(shard_lengths)[:-1]), {})
+    rows, variants = np.array([3, 0, 4, 3, 2]), np.array([0, 1, 1, 1, 0])
+    batch = features.batch(rows, variants)
     assert batch.dtype == torch.float32
-    np.testing.assert_array_equal(batch.numpy(), features.array_NVPC[[3, 0, 3], [0, 1, 1]].astype(np.float32))
+    np.testing.assert_array_equal(batch.numpy(), array_NVPC[rows, variants].astype(np.float32))
+    np.testing.assert_array_equal(features.batch(rows, 1).numpy(), array_NVPC[rows, 1].astype(np.float32))
+    np.testing.assert_array_equal(features.batch(rows).numpy(), array_NVPC[rows, 0].astype(np.float32))
 
 
 def test_without_mirrored_images(store: Store, tmp_path: Path) -> None:
     features = compute(store, tmp_path, flip=False)
-    assert features.array_NVPC.shape == (5, 1, 4, 6)
+    assert array(features).shape == (5, 1, 4, 6)
     assert features.batch(np.array([1])).shape == (1, 4, 6)
 
 
@@ -85,7 +111,7 @@ def test_the_second_time_nothing_is_computed(store: Store, tmp_path: Path) -> No
     assert calls == [(5, 5)]
     again = compute(store, tmp_path, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(5, 5)]
-    np.testing.assert_array_equal(again.array_NVPC, first.array_NVPC)
+    np.testing.assert_array_equal(array(again), array(first))
     assert len(list((tmp_path / "features").iterdir())) == 1
 
 
@@ -130,7 +156,7 @@ def test_a_changed_image_is_computed_anew(store: Store, tmp_path: Path) -> None:
     before = compute(store, tmp_path)
     store.write(NAMES[2], picture(77) + b"longer")
     after = compute(store, tmp_path)
-    same = [np.array_equal(before.array_NVPC[row], after.array_NVPC[row]) for row in range(5)]
+    same = [np.array_equal(array(before)[row], array(after)[row]) for row in range(5)]
     assert same == [True, True, False, True, True]
     store.write("another.png", picture(5))
     assert cache_key(small_encoder(), PREPROCESSING, store, NAMES, flip=True) == cache_key(
@@ -148,8 +174,8 @@ def test_failed_and_missing_images_are_named(store: Store, tmp_path: Path) -> No
     assert features.failed["1.png"].startswith("not_an_image: ")
     assert features.failed["3.png"].startswith("empty: ")
     assert features.failed["4.png"] == f"not_found: 4.png is in the annotations but not in {store.location}"
-    assert not features.array_NVPC[[1, 3, 4]].any()
-    np.testing.assert_allclose(features.array_NVPC[2, 0], direct(store, "2.png"), rtol=2e-3, atol=2e-3)
+    assert not array(features)[[1, 3, 4]].any()
+    np.testing.assert_allclose(array(features)[2, 0], direct(store, "2.png"), rtol=2e-3, atol=2e-3)
     assert compute(store, tmp_path).failed == features.failed, "read from the cache"
 
 
@@ -160,72 +186,104 @@ def test_the_wrong_directory_is_named(store: Store, tmp_path: Path) -> None:
         compute(store, tmp_path, names=["images/0.png", "images/1.png"])
 
 
-def compute_together(num_workers: int, store: Store, directory: Path, names: list[str]) -> list[Features]:
+def compute_together(num_workers: int, store: Store, directory: Path) -> list[Features]:
     """Threads stand for the workers."""
     encoder, barrier = small_encoder(), threading.Barrier(num_workers, timeout=60)
+
+    def barrier_of_all() -> None:
+        barrier.wait()
 
     def work(rank: int) -> Features:
         return compute(
             store,
             directory,
-            names=names,
             encoder=encoder,
             rank=rank,
             world_size=num_workers,
-            barrier=lambda: wait(barrier),
+            barrier=barrier_of_all,
         )
 
     with ThreadPoolExecutor(num_workers) as pool:
         return list(pool.map(work, range(num_workers)))
 
 
-def wait(barrier: threading.Barrier) -> None:
-    barrier.wait()
+def files_below(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*.*")}
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("num_workers", [2, 4])
 def test_several_workers_compute_the_same(num_workers: int, store: Store, tmp_path: Path) -> None:
     store.write("3.png", b"no picture")
     alone = compute(store, tmp_path / "alone")
-    for features in compute_together(num_workers, store, tmp_path / "together", NAMES):
-        np.testing.assert_allclose(features.array_NVPC, alone.array_NVPC, rtol=2e-3, atol=2e-3)
+    assert [len(shard) for shard in alone.shards] == [2, 2, 1]
+    for features in compute_together(num_workers, store, tmp_path / "together"):
+        np.testing.assert_allclose(array(features), array(alone), rtol=2e-3, atol=2e-3)
         assert features.failed == alone.failed
-    (directory,) = (tmp_path / "together" / "features").iterdir()
-    assert {file.name for file in directory.iterdir()} == {"features.npy", "failed.json"}
+    assert files_below(tmp_path / "together") == files_below(tmp_path / "alone")
+    assert len(files_below(tmp_path / "alone")) == 6
 
 
-def test_more_workers_than_images(store: Store, tmp_path: Path) -> None:
-    for features in compute_together(3, store, tmp_path, NAMES[:2]):
-        assert features.array_NVPC[:, 0].any(axis=(1, 2)).all()
+class PowerCutError(Exception):
+    """Ends a run in the middle."""
 
 
-def test_an_interrupted_computation_is_done_again(store: Store, tmp_path: Path) -> None:
-    class PowerCutError(Exception):
-        pass
+@pytest.mark.usefixtures("small_shards")
+def test_a_run_that_was_killed_goes_on_with_what_is_missing(store: Store, tmp_path: Path) -> None:
+    store.write("1.png", b"no picture")
 
     def stop(done: int, total: int) -> None:
-        raise PowerCutError
+        if done == 4:
+            raise PowerCutError
 
     with pytest.raises(PowerCutError):
         compute(store, tmp_path, progress=stop)
-    (partial,) = (tmp_path / "features").iterdir()
-    assert partial.name.endswith(".partial")
-    (partial / "features.npy").write_bytes(b"half of it")
-    features = compute(store, tmp_path)
-    np.testing.assert_allclose(features.array_NVPC[4, 0], direct(store, "4.png"), rtol=2e-3, atol=2e-3)
-    assert not partial.exists()
+    (directory,) = (tmp_path / "features").iterdir()
+    assert {file.name for file in directory.iterdir()} == {"shard-00000.json", "shard-00000.npy"}
+    written = directory.joinpath("shard-00000.npy").stat().st_mtime_ns
+
+    calls: list[tuple[int, int]] = []
+    features = compute(store, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert directory.joinpath("shard-00000.npy").stat().st_mtime_ns == written
+    assert features.failed.keys() == {"1.png"}
+    for row in (0, 2, 3, 4):
+        np.testing.assert_allclose(array(features)[row, 0], direct(store, NAMES[row]), rtol=2e-3, atol=2e-3)
 
 
-def test_workers_that_do_not_share_the_directory(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"worker 1 does not see .*: --run-dir must be shared by all workers"):
+@pytest.mark.usefixtures("small_shards")
+def test_two_runs_that_compute_the_same_do_not_disturb_each_other(store: Store, tmp_path: Path) -> None:
+    encoder, both_began = small_encoder(), threading.Barrier(2, timeout=60)
+
+    def run(_: int) -> Features:
+        def progress(done: int, total: int) -> None:
+            if done == 1:
+                both_began.wait()
+
+        return compute(store, tmp_path, encoder=encoder, progress=progress)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    np.testing.assert_array_equal(array(first), array(second))
+    np.testing.assert_array_equal(array(first), array(compute(store, tmp_path / "alone")))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_workers_that_do_not_share_the_cache(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"shard-00000\.npy, which is not there: all workers must share --run-d"
+    ):
         compute(store, tmp_path, rank=1, world_size=2)
 
 
 def test_a_full_disk_is_named_before_it_is_full(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = type("Usage", (), {"free": 100})
+    usage = type("Usage", (), {"free": 5 * 2 * 4 * 6 * 2 - 1})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ConfigurationError, match=r"the feature cache needs .* are free; choose another --run-dir"):
         compute(store, tmp_path)
+    assert list((tmp_path / "features").iterdir()) == []
+    usage.free += 1
+    compute(store, tmp_path)
 
 
 def test_more_images_than_a_batch(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,4 +292,8 @@ def test_more_images_than_a_batch(store: Store, tmp_path: Path, monkeypatch: pyt
     features = compute(store, tmp_path, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(2, 5), (4, 5), (5, 5)]
     for row, name in enumerate(NAMES):
-        np.testing.assert_allclose(features.array_NVPC[row, 0], direct(store, name), rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(array(features)[row, 0], direct(store, name), rtol=2e-3, atol=2e-3)
+
+
+def test_shards_are_made_of_whole_batches() -> None:
+    assert features_module.SHARD_IMAGES % features_module.BATCH_SIZE == 0

@@ -1,21 +1,27 @@
-"""The feature cache: what a frozen encoder says of every image, computed once and kept on disk.
+"""The feature cache: what a frozen encoder says of every image, computed once and kept in a store that workers share.
 
-A cache is a directory, named by a digest of everything that decides its content (encoder, preprocessing, images), so it
-can be shared by runs and never goes stale. It appears whole or not at all. Two runs must not compute the same one at
-the same time.
+A cache is named by a digest of everything that decides its content (encoder, preprocessing, images), so it can be
+shared by runs and never goes stale. It is made of shards, each written once it is computed: a run that was killed goes
+on with those that are missing, and two runs that compute the same cache write the same.
 
-Shapes: N images, V variants of each (as it is, mirrored), P grid cells, C channels.
+    KEY/shard-00000.json   images of the shard that could not be read
+    KEY/shard-00000.npy    features of the shard's images
+
+Shapes: B, N images, H x W pixels, V variants of each image (as it is, mirrored), P grid cells, C channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,48 +29,64 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raycap.errors import ConfigurationError, ObjectError, ObjectNotFoundError
+from raycap.errors import ConfigurationError, NotFoundError, ObjectError, ObjectNotFoundError
 from raycap.images import Preprocessing, decode_image
 from raycap.model.encoder import Encoder
-from raycap.storage import Store
+from raycap.readahead import read_ahead
+from raycap.storage import LocalStore, Store
+from raycap.storage.files import locked
+
+log = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
-FEATURES, FAILED = "features.npy", "failed.json"
+SHARD_IMAGES = 256
+"""A multiple of BATCH_SIZE, so that no batch is of two shards. A shard is held in memory when it is written and when it
+is copied: with mirrored images, 81 cells and 1,280 channels it has 106 MB."""
+NUM_READERS = 8
+"""Threads that read and decode images."""
+NUM_DOWNLOADS = 4
+"""Shards of a cache on S3 that are downloaded at once."""
 
 
 @dataclass(frozen=True)
 class Features:
     """Features of a list of images, read from disk as they are needed."""
 
-    array_NVPC: np.ndarray
-    """float16 [N, V, P, C], memory-mapped."""
+    shards: Sequence[np.ndarray]
+    """float16 [N, V, P, C] each, memory-mapped. All but the last hold as many images as the first."""
     failed: dict[str, str]
     """Images that could not be read, by file name, and why; their features are zeros and are not to be used."""
 
     @property
     def num_variants(self) -> int:
         """1, or 2 with mirrored images."""
-        return int(self.array_NVPC.shape[1])
+        return int(self.shards[0].shape[1])
 
     def batch(self, rows: np.ndarray, variants: np.ndarray | int = 0) -> Tensor:
-        """float32 [B, P, C] of the images `rows`."""
-        return torch.from_numpy(self.array_NVPC[rows, variants].astype(np.float32))
+        """float32 [B, P, C] of the images `rows`, counted through all shards."""
+        shard_images = len(self.shards[0])
+        features_BPC = np.empty((len(rows), *self.shards[0].shape[2:]), np.float16)
+        for index, (row, variant) in enumerate(np.broadcast(rows, variants)):
+            features_BPC[index] = self.shards[row // shard_images][row % shard_images, variant]
+        return torch.from_numpy(features_BPC).float()  # three times as fast as NumPy's astype
 
 
-def cache_key(encoder: Encoder, preprocessing: Preprocessing, store: Store, names: Sequence[str], *, flip: bool) -> str:
-    """A digest of all that decides the features: encoder, preprocessing, and each image's name and version.
+def cache_key(
+    encoder: Encoder, preprocessing: Preprocessing, images: Store, names: Sequence[str], *, flip: bool
+) -> str:
+    """A digest of all that decides the files of a cache: encoder, preprocessing, and each image's name and version.
 
     Raises ConfigurationError if the store holds none of the images.
     """
-    settings = [dataclasses.asdict(preprocessing), dataclasses.asdict(encoder.config), flip]
+    settings = [dataclasses.asdict(preprocessing), dataclasses.asdict(encoder.config), flip, SHARD_IMAGES]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     wanted = set(names)
-    etags = {info.key: info.etag for info in store.list() if info.key in wanted}
+    etags = {info.key: info.etag for info in images.list() if info.key in wanted}
     if not etags:
         raise ConfigurationError(
-            f"{store.location}: none of the {len(names)} images of the annotations is here (the first is "
+            f"{images.location}: none of the {len(names)} images of the annotations is here (the first is "
             f"{names[0]!r}); check that --images is the directory that their file_name starts from"
         )
     for name in names:
@@ -75,113 +97,137 @@ def cache_key(encoder: Encoder, preprocessing: Preprocessing, store: Store, name
 def compute_features(
     encoder: Encoder,
     preprocessing: Preprocessing,
-    store: Store,
+    images: Store,
     names: Sequence[str],
-    directory: Path,
+    cache: Store,
     *,
+    local_dir: Path,
     flip: bool,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Features:
-    """Open the cache of these images below `directory`, computing it first if it is not there.
+    """Open the features of these images in `cache`, computing first those that are not there.
 
-    Every worker computes its share of the images into the same files, so `directory` must be shared by the workers.
-    `barrier` waits for all of them; `progress(done, total)` is called after each batch of this worker.
+    Each worker computes every `world_size`th shard, so `cache` must be shared by the workers; `barrier` waits for all
+    of them. `progress(done, total)` is called after each batch of this worker. A cache on S3 is copied to `local_dir`,
+    which the workers of a machine, and later runs, share.
     """
-    final = directory / cache_key(encoder, preprocessing, store, names, flip=flip)
-    computed = final.is_dir()
-    barrier()  # all have looked before anyone renames
-    if not computed:
-        partial = final.with_name(final.name + ".partial")
-        device = next(encoder.parameters()).device
-        if rank == 0:
-            with torch.inference_mode():
-                blank = torch.zeros(
-                    1, preprocessing.size_px, preprocessing.size_px, 3, dtype=torch.uint8, device=device
-                )
-                _, num_cells, num_channels = encoder(blank).shape
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            shape = (len(names), 1 + flip, num_cells, num_channels)
-            _require_space(partial, math.prod(shape) * np.dtype(np.float16).itemsize)
-            np.lib.format.open_memmap(partial / FEATURES, mode="w+", dtype=np.float16, shape=shape).flush()
-        barrier()
-        if not (partial / FEATURES).is_file():
-            raise ConfigurationError(f"worker {rank} does not see {partial}: --run-dir must be shared by all workers")
-        failed = _fill(encoder, preprocessing, store, names, partial, rank, world_size, progress)
-        (partial / f"{FAILED}.{rank}").write_text(json.dumps(failed))
-        barrier()
-        if rank == 0:
-            failed = {}
-            for r in range(world_size):
-                part = partial / f"{FAILED}.{r}"
-                failed |= json.loads(part.read_text())
-                part.unlink()
-            (partial / FAILED).write_text(json.dumps(failed, indent=1))
-            partial.rename(final)
-        barrier()
-    return Features(np.load(final / FEATURES, mmap_mode="r"), json.loads((final / FAILED).read_text()))
+    key = cache_key(encoder, preprocessing, images, names, flip=flip)
+    shards = [names[start : start + SHARD_IMAGES] for start in range(0, len(names), SHARD_IMAGES)]
+    present: set[str] = set()
+    with suppress(NotFoundError):  # no such directory yet
+        present = {info.key for info in cache.list(f"{key}/")}
+    missing = [number for number in range(len(shards)) if _file(key, number, "npy") not in present]
+    if mine := [number for number in missing if number % world_size == rank]:
+        shape_VPC = (1 + flip, *_grid(encoder, preprocessing))
+        if isinstance(cache, LocalStore):
+            num_values = sum(len(shards[number]) for number in missing) * math.prod(shape_VPC)
+            _require_space(Path(cache.location), num_values * np.dtype(np.float16).itemsize, "--run-dir")
+        encoded = _encode_shards(
+            encoder, preprocessing, images, [shards[number] for number in mine], shape_VPC, progress
+        )
+        for number, (array_NVPC, failed) in zip(mine, encoded, strict=True):
+            content = io.BytesIO()
+            np.save(content, array_NVPC)
+            cache.write(_file(key, number, "json"), json.dumps(failed, indent=1).encode())
+            cache.write(_file(key, number, "npy"), content.getvalue())  # last: where it is, the shard is done
+    barrier()
+    directory = Path(cache.location) if isinstance(cache, LocalStore) else _copy(cache, key, local_dir)
+    return _open(directory, key, len(shards))
 
 
-def _require_space(directory: Path, num_bytes: int) -> None:
-    """The features are a memory-mapped file: where the disk fills up, the process dies without a word. So ask first."""
+def _encode_shards(
+    encoder: Encoder,
+    preprocessing: Preprocessing,
+    images: Store,
+    shards: Sequence[Sequence[str]],
+    shape_VPC: tuple[int, int, int],
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[np.ndarray, dict[str, str]]]:
+    """The features of each shard's images, and the images that could not be read."""
+    names = [name for shard in shards for name in shard]
+
+    def decode(data: bytes) -> np.ndarray:
+        return decode_image(data, preprocessing).pixels_HWC
+
+    batches = read_ahead(images, names, decode, batch_size=BATCH_SIZE, num_threads=NUM_READERS)
+    for shard in shards:
+        array_NVPC = np.zeros((len(shard), *shape_VPC), np.float16)
+        failed: dict[str, str] = {}
+        for start in range(0, len(shard), BATCH_SIZE):
+            batch = next(batches)
+            good = [(start + n, pixels) for n, (_, pixels) in enumerate(batch) if not isinstance(pixels, ObjectError)]
+            if good:
+                rows, pixels = zip(*good, strict=True)
+                array_NVPC[list(rows)] = _encode(encoder, np.stack(pixels), num_variants=shape_VPC[0])
+            for index, error in batch:
+                if isinstance(error, ObjectNotFoundError):
+                    error = ObjectNotFoundError(f"{names[index]} is in the annotations but not in {images.location}")
+                if isinstance(error, ObjectError):
+                    failed[names[index]] = f"{error.code}: {error}"
+            progress(batch[-1][0] + 1, len(names))
+        yield array_NVPC, failed
+
+
+@torch.inference_mode()
+def _encode(encoder: Encoder, pixels_BHWC: np.ndarray, *, num_variants: int) -> np.ndarray:
+    """[B, V, P, C] of prepared images."""
+    pixels = torch.from_numpy(pixels_BHWC).to(next(encoder.parameters()).device)
+    variants = [pixels, pixels.flip(2)][:num_variants]
+    features_BVPC: np.ndarray = torch.stack([encoder(variant) for variant in variants], 1).cpu().numpy()
+    return features_BVPC
+
+
+def _grid(encoder: Encoder, preprocessing: Preprocessing) -> tuple[int, int]:
+    """P and C of the encoder's features."""
+    blank_BHWC = np.zeros((1, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
+    _, _, num_cells, num_channels = _encode(encoder, blank_BHWC, num_variants=1).shape
+    return num_cells, num_channels
+
+
+def _copy(cache: Store, key: str, local_dir: Path) -> Path:
+    """Download what is not in `local_dir` yet."""
+    local_dir.mkdir(parents=True, exist_ok=True)
+    local = LocalStore(str(local_dir))
+    # The first worker of a machine downloads, the others wait for it and find everything there.
+    with locked(str(local_dir / f"{key}.lock")), ThreadPoolExecutor(NUM_DOWNLOADS) as pool:
+        missing = [info for info in cache.list(f"{key}/") if not local.exists(info.key)]
+        num_bytes = sum(info.size for info in missing)
+        _require_space(local_dir, num_bytes, "--cache-dir")
+        if missing:
+            log.info("copying %.1f GiB of features from %s to %s", num_bytes / 2**30, cache.location, local_dir)
+        list(pool.map(lambda info: local.write(info.key, cache.read(info.key)), missing))
+    return local_dir
+
+
+def _open(directory: Path, key: str, num_shards: int) -> Features:
+    """Raises ConfigurationError if a shard is missing."""
+    shards: list[np.ndarray] = []
+    failed: dict[str, str] = {}
+    try:
+        for number in range(num_shards):
+            shards.append(np.load(directory / _file(key, number, "npy"), mmap_mode="r"))
+            failed |= json.loads((directory / _file(key, number, "json")).read_text())
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"expected the features of another worker in {error.filename}, which is not there: all workers must share "
+            "--run-dir, and the images must not change while they are encoded"
+        ) from None
+    return Features(shards, failed)
+
+
+def _require_space(directory: Path, num_bytes: int, option: str) -> None:
+    """A disk that fills up after hours of encoding is seen before."""
+    directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise ConfigurationError(
-            f"{directory.parent}: the feature cache needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
-            "free; choose another --run-dir"
+            f"{directory}: the feature cache needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free; "
+            f"choose another {option}"
         )
 
 
-def _fill(
-    encoder: Encoder,
-    preprocessing: Preprocessing,
-    store: Store,
-    names: Sequence[str],
-    partial: Path,
-    rank: int,
-    world_size: int,
-    progress: Callable[[int, int], None],
-) -> dict[str, str]:
-    """Compute this worker's rows; return the images that failed."""
-    array_NVPC = np.load(partial / FEATURES, mmap_mode="r+")
-    flip = array_NVPC.shape[1] == 2
-    device = next(encoder.parameters()).device
-    rows = range(rank, len(names), world_size)
-    failed: dict[str, str] = {}
-    done = 0
-    for batch in _decoded_batches(store, names, rows, preprocessing):
-        good = [(row, pixels) for row, pixels in batch if not isinstance(pixels, ObjectError)]
-        failed |= {names[row]: f"{error.code}: {error}" for row, error in batch if isinstance(error, ObjectError)}
-        if good:
-            pixels_BHWC = torch.from_numpy(np.stack([pixels for _, pixels in good])).to(device)
-            with torch.inference_mode():
-                variants = [encoder(pixels_BHWC), encoder(pixels_BHWC.flip(2))] if flip else [encoder(pixels_BHWC)]
-            array_NVPC[[row for row, _ in good]] = torch.stack(variants, 1).cpu().numpy().astype(np.float16)
-        done += len(batch)
-        progress(done, len(rows))
-    array_NVPC.flush()
-    return failed
-
-
-def _decoded_batches(
-    store: Store, names: Sequence[str], rows: range, preprocessing: Preprocessing
-) -> Iterator[list[tuple[int, np.ndarray | ObjectError]]]:
-    """Read and decode a batch ahead of the encoder."""
-
-    def load(row: int) -> tuple[int, np.ndarray | ObjectError]:
-        try:
-            return row, decode_image(store.read(names[row]), preprocessing).pixels_HWC
-        except ObjectNotFoundError:
-            return row, ObjectNotFoundError(f"{names[row]} is in the annotations but not in {store.location}")
-        except ObjectError as error:
-            return row, error
-
-    with ThreadPoolExecutor(4) as pool:
-        chunks = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
-        ahead = [pool.submit(load, row) for row in chunks[0]] if chunks else []
-        for following in [*chunks[1:], range(0)]:
-            current, ahead = ahead, [pool.submit(load, row) for row in following]
-            yield [future.result() for future in current]
+def _file(key: str, number: int, suffix: str) -> str:
+    return f"{key}/shard-{number:05d}.{suffix}"
