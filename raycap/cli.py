@@ -11,9 +11,11 @@ import logging
 import re
 import signal
 import sys
+import tomllib
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import tyro
@@ -22,6 +24,7 @@ from rich.logging import RichHandler
 
 import raycap
 from raycap.bulk.config import BenchmarkConfig, CaptionConfig, ExportConfig, PlanConfig, ReportConfig, StatusConfig
+from raycap.ensemble.config import EnsembleConfig
 from raycap.errors import ConfigurationError, RaycapError
 from raycap.evaluate.config import EvaluateConfig
 from raycap.train.config import TrainConfig
@@ -35,6 +38,7 @@ Command = (
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
     | Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+    | Annotated[EnsembleConfig, tyro.conf.subcommand("ensemble")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
     | Annotated[BenchmarkConfig, tyro.conf.subcommand("benchmark")]
 )
@@ -92,13 +96,45 @@ def _parse(argv: Sequence[str]) -> object:
                 Command,
                 prog="raycap",
                 description="Image captioning on Ray: a folder or a bucket in, a caption for every image out.",
-                args=list(argv),
+                args=_with_options_file(argv),
                 registry=_registry(),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ConfigurationError(_one_line(complaint.getvalue())) from None
+
+
+def _with_options_file(argv: Sequence[str]) -> list[str]:
+    """The arguments, with `--config FILE.toml` replaced by the options in that file; those of the command line follow,
+    and so win.
+
+    Raises ConfigurationError if the file cannot be read.
+    """
+    given = list(argv)
+    if "--config" not in given[1:-1]:
+        return given
+    place = given.index("--config")
+    path = given[place + 1]
+    try:
+        options = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigurationError(f"--config: cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--config: {path} is not TOML: {error}") from error
+    return [given[0], *_flags(options, path), *given[1:place], *given[place + 2 :]]
+
+
+def _flags(options: dict[str, Any], path: str) -> Iterator[str]:
+    for name, value in options.items():
+        if isinstance(value, dict):
+            raise ConfigurationError(f"--config: {path}: expected options by name, got the table [{name}]")
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield f"--{flag}"
+            yield from map(str, value if isinstance(value, list) else [value])
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
@@ -171,6 +207,10 @@ def _dispatch(config: object) -> int:
             from raycap.evaluate.run import evaluate
 
             evaluate(config)
+        case EnsembleConfig():
+            from raycap.ensemble.run import make_ensemble
+
+            make_ensemble(config)
         case ReportConfig():
             from raycap.bulk.report import write_report
 

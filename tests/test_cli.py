@@ -143,7 +143,7 @@ def test_defaults_of_the_command_are_those_of_the_config() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "{caption, plan, status, export, train, evaluate, report, benchmark}"),
+        ([], "{caption, plan, status, export, train, evaluate, ensemble, report, benchmark}"),
         (["bogus"], "Unrecognized options: bogus; Available subcommands: caption, plan"),
         (["caption"], "Missing from raycap caption: SOURCE"),
         (["caption", "only-one"], "Missing from raycap caption: OUTPUT"),

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from raycap.ensemble.config import EnsembleConfig
+from raycap.ensemble.run import ensemble, make_ensemble
 from raycap.errors import BundleError, ConfigurationError
 from raycap.images import Preprocessing
 from raycap.model.beam import Hypothesis
 from raycap.model.bundle import CONFIG, WEIGHTS, Bundle
 from raycap.model.captioner import Captioner
-from raycap.model.combine import ensemble, make_ensemble
 from raycap.model.config import DecoderKind, DecodingConfig
 from raycap.model.ensemble import EnsembleNetwork
-from raycap.model.ensemble_config import EnsembleConfig
 from raycap.model.network import CaptionNetwork
 from raycap.model.sampling import sample
 from raycap.model.vocabulary import SPECIAL_TOKENS, Vocabulary

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,227 +11,333 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from raycap.coco import CaptionedImage
 from raycap.errors import ConfigurationError
-from raycap.model.config import DecoderConfig, DecoderKind, DecodingConfig
-from raycap.model.decoder import Decoder, build_decoder
-from raycap.model.vocabulary import Vocabulary
-from raycap.train.config import TrainConfig
+from raycap.model.beam import beam_search
+from raycap.model.config import DecoderKind, DecodingConfig
+from raycap.model.vocabulary import BOS
+from raycap.train.config import StageKind, TrainConfig
 from raycap.train.data import CaptionData
-from raycap.train.features import Features
-from raycap.train.loop import Learner, caption_features, learning_rate
+from raycap.train.loop import Learner, in_order_of_time, learning_rate_share
 from tests.naive import naive_loss_sum
 from tests.small import KINDS
+from tests.training import (
+    FEATURES_NPC,
+    IMAGES,
+    PIXELS_NHWC,
+    VOCABULARY,
+    assert_equal,
+    copied,
+    from_memory,
+    one_thread,  # noqa: F401  # for the whole module
+    tiny_config,
+    tiny_data,
+    tiny_learner,
+    tiny_network,
+)
 
-COLOURS = ("red", "green", "blue", "white")
-IMAGES = [
-    CaptionedImage(
-        n, f"{n}.jpg", (f"a {COLOURS[n % 4]} dog {'runs' if n < 4 else 'sleeps'}", f"one {COLOURS[n % 4]} dog")
-    )
-    for n in range(8)
-]
-VOCABULARY = Vocabulary.from_captions((c for image in IMAGES for c in image.captions), min_count=1)
-FEATURES = Features(np.random.default_rng(0).normal(size=(8, 2, 3, 6)).astype(np.float16), {})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Matrices this small take many times as long on several threads when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+ALL_STAGES = {"epochs": 2, "fine_tune_epochs": 2, "scst_epochs": 2}
+STAGE_KINDS: tuple[StageKind, ...] = ("cross_entropy", "fine_tune", "self_critical")
 
 
-def config(**settings: Any) -> TrainConfig:
-    defaults: dict[str, Any] = {
-        "annotations": "a.json", "images": "i", "val_annotations": "v.json", "output": "o",
-        "epochs": 2, "batch_size": 4, "hidden_size": 16, "attention_size": 8,
-        "dropout": 0.3, "warmup_steps": 2, "learning_rate": 1e-2, "ema_decay": 0.9,
-    }  # fmt: skip
-    return TrainConfig(**(defaults | settings))
+def trained(learner: Learner, num_epochs: int = 2) -> list[dict[str, float]]:
+    """What was reported of each batch."""
+    reports: list[dict[str, float]] = []
+    for epoch in range(num_epochs):
+        learner.train_epoch(epoch, lambda step, metrics: reports.append(metrics))
+    return reports
 
 
-def learner(config: TrainConfig, *, rank: int = 0, world_size: int = 1, parallel: bool = False) -> Learner:
-    torch.manual_seed(config.seed)
-    decoder = build_decoder(
-        DecoderConfig(
-            kind=config.decoder,
-            vocabulary_size=len(VOCABULARY),
-            feature_size=6,
-            hidden_size=config.hidden_size,
-            attention_size=config.attention_size,
-            dropout=config.dropout,
-        )
-    )
-    data = CaptionData.encode(
-        IMAGES, FEATURES, VOCABULARY, max_length=config.max_length, batch_size=config.batch_size,
-        rank=rank, world_size=world_size, seed=config.seed,
-    )  # fmt: skip
-    return Learner(config, decoder, data, nn.parallel.DistributedDataParallel(decoder) if parallel else None)
+def losses(learner: Learner, num_epochs: int = 2) -> list[float]:
+    return [metrics["train/loss"] for metrics in trained(learner, num_epochs)]
 
 
-def copied(decoder: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in decoder.state_dict().items()}
+def gradients(learner: Learner) -> dict[str, Tensor]:
+    """Of the last batch."""
+    return {name: p.grad.clone() for name, p in learner.scorer.named_parameters() if p.grad is not None}
 
 
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Bit by bit."""
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
+@pytest.mark.parametrize("stage", STAGE_KINDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_seed_gives_the_same_weights(kind: DecoderKind) -> None:
+def test_the_same_seed_gives_the_same_weights(kind: DecoderKind, stage: StageKind) -> None:
     runs = []
     for seed in (0, 0, 1):
-        trained = learner(config(decoder=kind, seed=seed))
-        losses = [trained.train_epoch(epoch)["train_loss"] for epoch in range(2)]
-        runs.append((losses, copied(trained.decoder)))
+        learner = tiny_learner(tiny_config(decoder=kind, seed=seed, **ALL_STAGES), stage)
+        runs.append((losses(learner), copied(learner.scorer)))
         torch.rand(3)  # whatever else draws numbers in between
     assert runs[0][0] == runs[1][0] != runs[2][0]
     assert_equal(runs[0][1], runs[1][1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_equals_one_that_was_never_stopped(kind: DecoderKind, tmp_path: Path) -> None:
-    settings = config(decoder=kind, epochs=3)
-    straight = learner(settings)
-    for epoch in range(3):
-        straight.train_epoch(epoch)
+class PowerCutError(Exception):
+    """Ends a run."""
 
-    stopped = learner(settings)
-    stopped.train_epoch(0)
-    torch.save(stopped.state_dict(), tmp_path / "state.pt")
-    resumed = learner(replace(settings, seed=settings.seed))
+
+@pytest.mark.parametrize("settings", [{}, {"scheduled_sampling": 1.0}, {"accumulate": 2, "scst_baseline": "greedy"}])
+@pytest.mark.parametrize("stage", STAGE_KINDS)
+@pytest.mark.parametrize("stopped_after", [4, 5])
+def test_a_resumed_run_equals_one_that_was_never_stopped(
+    stage: StageKind, stopped_after: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Four batches an epoch: between two epochs, and in the second."""
+    config = tiny_config(batch_size=2, **ALL_STAGES, **settings)
+    straight, stopped, resumed = (tiny_learner(config, stage) for _ in range(3))
+    means = [straight.train_epoch(epoch)["train_loss"] for epoch in range(2)]
+
+    def power_cut(step: int, metrics: dict[str, float]) -> None:
+        if step == stopped_after:
+            torch.save(stopped.state_dict(), tmp_path / "state.pt")
+            raise PowerCutError
+
+    with pytest.raises(PowerCutError):
+        for epoch in range(2):
+            stopped.train_epoch(epoch, power_cut)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for epoch in range(1, 3):
-        resumed.train_epoch(epoch)
-    assert_equal(copied(resumed.decoder), copied(straight.decoder))
-    assert_equal(copied(resumed.best_decoder), copied(straight.best_decoder))
-    assert resumed.step == straight.step == 6
+    torch.rand(3)  # the state of the random numbers is another
+    rest = [resumed.train_epoch(epoch)["train_loss"] for epoch in range(stopped_after // 4, 2)]
+    assert rest == means[stopped_after // 4 :]
+    assert_equal(copied(resumed.scorer), copied(straight.scorer))
+    assert_equal(copied(resumed.averaged_network), copied(straight.averaged_network))
+    assert resumed.step == straight.step == 8
+
+
+def captions_by(learner: Learner) -> list[str]:
+    found = beam_search(learner.averaged_network.decoder, FEATURES_NPC, DecodingConfig())
+    return [VOCABULARY.decode(hypotheses[0].tokens) for hypotheses in found]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_eight_images_by_heart(kind: DecoderKind) -> None:
-    images = [replace(image, captions=image.captions[:1]) for image in IMAGES]
-    settings = config(
-        decoder=kind, epochs=200, batch_size=4, dropout=0.0, label_smoothing=0.0, hidden_size=32, learning_rate=2e-2
+    config = tiny_config(
+        decoder=kind, epochs=150, batch_size=4, dropout=0.0, label_smoothing=0.0, hidden_size=32, learning_rate=2e-2
     )
-    trained = learner(settings)
-    trained.data = CaptionData.encode(images, FEATURES, VOCABULARY, max_length=20, batch_size=4)
-    losses = [trained.train_epoch(epoch)["train_loss"] for epoch in range(200)]
-    assert losses[-1] < 0.1 < 1 < losses[0]
-    captions = caption_features(trained.best_decoder, FEATURES, range(8), VOCABULARY, DecodingConfig(), batch_size=3)
-    assert captions == [image.captions[0] for image in images]
-    assert caption_features(trained.best_decoder, FEATURES, [], VOCABULARY, DecodingConfig()) == []
-    assert caption_features(trained.best_decoder, FEATURES, [5], VOCABULARY, DecodingConfig()) == captions[5:6]
+    captions = [image.captions[0] for image in IMAGES]
+    data = tiny_data(config)
+    one_each = CaptionData(**(vars(data) | {"captions": [[VOCABULARY.encode(caption)] for caption in captions]}))
+    learner = tiny_learner(config, data=one_each)
+    learnt = losses(learner, 150)
+    assert learnt[-1] < 0.1 < 1 < learnt[0]
+    assert captions_by(learner) == captions
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_the_loss_is_the_mean_over_tokens(label_smoothing: float) -> None:
-    settings = config(dropout=0.0, label_smoothing=label_smoothing, batch_size=8, epochs=1)
-    fresh, trained = learner(settings), learner(settings)
-    reports: list[dict[str, float]] = []
-    trained.train_epoch(0, lambda step, metrics: reports.append(metrics))
-    (batch,) = fresh.data.epoch(0)
-    expected = sum(
-        naive_loss_sum(
-            fresh.decoder.eval(),
-            batch.features_BPC[image][None],
-            tokens[:length].tolist(),
-            label_smoothing=label_smoothing,
-        )
-        for image, tokens, length in zip(batch.image_N, batch.tokens_NT, batch.lengths_N, strict=True)
-    )
-    assert reports[0]["train/loss"] == pytest.approx(expected / batch.num_tokens, rel=1e-4)
+def test_the_loss_is_the_mean_over_tokens(label_smoothing: float, kind: DecoderKind) -> None:
+    config = tiny_config(decoder=kind, dropout=0.0, label_smoothing=label_smoothing, batch_size=8, epochs=1)
+    decoder, data = tiny_network(config).decoder.eval(), tiny_data(config)
+    losses_of_captions = [
+        naive_loss_sum(decoder, FEATURES_NPC[image : image + 1], tokens, label_smoothing=label_smoothing)
+        for image, captions in enumerate(data.captions)
+        for tokens in captions
+    ]
+    num_tokens = sum(len(tokens) - 1 for captions in data.captions for tokens in captions)
+    assert losses(tiny_learner(config), 1) == [pytest.approx(sum(losses_of_captions) / num_tokens, rel=1e-4)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["cross_entropy", "fine_tune"])
+def test_parts_of_a_batch_learn_what_it_learns_whole(kind: DecoderKind, stage: StageKind) -> None:
+    """Images have captions of unequal numbers of tokens, and seven are no multiple of the parts."""
+    runs = []
+    for accumulate in (1, 2, 3, 20):
+        config = tiny_config(decoder=kind, dropout=0.0, batch_size=7, accumulate=accumulate, **ALL_STAGES)
+        learner = tiny_learner(config, stage)
+        runs.append((losses(learner, 1), gradients(learner), copied(learner.scorer)))
+    for loss, grads, weights in runs[1:]:
+        assert loss == pytest.approx(runs[0][0], rel=1e-5)
+        torch.testing.assert_close(grads, runs[0][1], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weights, runs[0][2], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["cross_entropy", "fine_tune"])
+def test_unreadable_images_change_nothing(stage: StageKind) -> None:
+    config = tiny_config(dropout=0.0, batch_size=8, **ALL_STAGES)
+    inputs = (PIXELS_NHWC if stage == "fine_tune" else FEATURES_NPC).clone()
+    inputs[[2, 5]] = 0
+    without = tiny_learner(config, stage, data=tiny_data(config, failed=("2.png", "5.png")))
+    with_them = tiny_learner(config, stage, read=from_memory(inputs, unreadable=(2, 5)))
+    assert losses(with_them, 1) == pytest.approx(losses(without, 1), rel=1e-5)
+    torch.testing.assert_close(gradients(with_them), gradients(without), rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_of_unreadable_images_alone_teaches_nothing() -> None:
+    config = tiny_config(dropout=0.0, batch_size=8, epochs=1)
+    learner = tiny_learner(config, read=from_memory(FEATURES_NPC, unreadable=range(8)))
+    assert losses(learner, 1) == [0.0]
+    assert all(not gradient.any() for gradient in gradients(learner).values())
+
+
+def test_scheduled_sampling_changes_what_is_read_and_not_what_is_said() -> None:
+    config = tiny_config(scheduled_sampling=1.0, epochs=4, batch_size=8, dropout=0.0, label_smoothing=0.0)
+    learner, again = tiny_learner(config), tiny_learner(config)
+    read: list[Tensor] = []
+
+    def record(decoder: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():  # not while it is asked for its own words
+            read.append(args[2])
+
+    learner.network.decoder.register_forward_pre_hook(record)
+    changed: list[float] = []
+    for epoch in range(4):
+        before = copy.deepcopy(learner.network.decoder)
+        part, inputs, readable_B = next(learner.read(learner.data.epoch(epoch)))
+        batch = learner.data.references(part, inputs, readable_B)
+        loss = learner.train_epoch(epoch)["train_loss"]
+        with torch.no_grad():
+            logits_MV, targets_M = before(inputs, batch.image_N, read[-1], batch.lengths_N)
+        _, targets_M = in_order_of_time(batch.tokens_NT, batch.lengths_N)
+        assert loss == pytest.approx(F.cross_entropy(logits_MV, targets_M).item(), rel=1e-5)
+        assert (read[-1][:, 0] == BOS).all()
+        changed.append((read[-1] != batch.tokens_NT).sum().item() / batch.num_tokens)
+    assert changed[0] == 0 < changed[1] < changed[3], "more and more"
+    trained(again, 4)
+    assert_equal(copied(again.scorer), copied(learner.scorer))
+
+
+@pytest.mark.parametrize("settings", [{}, {"scheduled_sampling": 0.5}], ids=str)
+@pytest.mark.parametrize("stage", STAGE_KINDS)
+def test_bfloat16_learns(stage: StageKind, settings: dict[str, Any]) -> None:
+    config = tiny_config(
+        epochs=20, fine_tune_epochs=20, scst_epochs=1, precision="bfloat16", dropout=0.0, fine_tune_learning_rate=1e-2,
+        **settings,
+    )  # fmt: skip
+    learner = tiny_learner(config, stage)
+    before = copied(learner.scorer)
+    learnt = losses(learner, learner.stage.epochs)
+    assert all(math.isfinite(loss) for loss in learnt)
+    assert stage == "self_critical" or learnt[-1] < 0.85 * learnt[0]
+    assert [name for name, p in learner.scorer.named_parameters() if torch.equal(p, before[name])] == []
+    assert [name for name, p in learner.scorer.named_parameters() if name not in gradients(learner)] == []
+    assert {p.dtype for p in learner.scorer.parameters()} == {torch.float32}
 
 
 def test_the_learning_rate_climbs_and_falls() -> None:
-    settings = config(learning_rate=1.0, warmup_steps=10)
-    rates = [learning_rate(step, settings, 110) for step in range(110)]
-    assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
-    assert rates[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * n / 100)) for n in range(100)])
-    assert learning_rate(110, settings, 110) == pytest.approx(0, abs=1e-12)
-    assert learning_rate(200, settings, 110) == pytest.approx(0, abs=1e-12)
-    assert learning_rate(0, replace(settings, warmup_steps=0), 5) == 1.0
-    assert learning_rate(0, settings, 1) == 1.0, "one batch in all"
-    assert max(learning_rate(step, settings, 6) for step in range(6)) == 1.0, "fewer batches than the warm-up"
+    shares = [learning_rate_share(step, 10, 110) for step in range(110)]
+    assert shares[:10] == pytest.approx([n / 10 for n in range(1, 11)])
+    assert shares[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * n / 100)) for n in range(100)])
+    assert learning_rate_share(110, 10, 110) == pytest.approx(0, abs=1e-12)
+    assert learning_rate_share(200, 10, 110) == pytest.approx(0, abs=1e-12)
+    assert learning_rate_share(0, 0, 5) == 1.0
+    assert learning_rate_share(0, 10, 1) == 1.0, "one batch in all"
+    assert max(learning_rate_share(step, 10, 6) for step in range(6)) == 1.0, "fewer batches than the warm-up"
+
+
+def test_encoder_and_decoder_have_rates_of_their_own() -> None:
+    config = tiny_config(**ALL_STAGES, warmup_steps=0, fine_tune_learning_rate=1e-3, encoder_learning_rate=0.0)
+    learner = tiny_learner(config, "fine_tune")
+    before = copied(learner.scorer)
+    reports = trained(learner)
+    assert [metrics["train/learning_rate"] for metrics in reports] == [
+        1e-3 * learning_rate_share(step, 0, 4) for step in range(4)
+    ]
+    after = copied(learner.scorer)
+    for name, parameter in learner.scorer.named_parameters():
+        assert torch.equal(after[name], before[name]) == name.startswith("encoder"), name
+        assert parameter.grad is not None
+
+
+@pytest.mark.parametrize("stage", STAGE_KINDS)
+def test_the_encoder_learns_in_its_stage_alone(stage: StageKind) -> None:
+    learner = tiny_learner(tiny_config(encoder_learning_rate=1e-3, **ALL_STAGES), stage)
+    before = copied(learner.network.encoder)
+    trained(learner)
+    for encoder in (learner.network.encoder, learner.averaged_network.encoder):
+        after = encoder.state_dict()
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        learns = {name for name, _ in encoder.named_parameters()} if stage == "fine_tune" else set()
+        assert moved == learns, "the statistics of batch normalisation never move"
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_averaged_weights_equal_the_naive_average(decay: float) -> None:
-    trained = learner(config(ema_decay=decay, epochs=8))
-    history: list[dict[str, torch.Tensor]] = []
+    learner = tiny_learner(tiny_config(ema_decay=decay, epochs=8))
+    history: list[dict[str, Tensor]] = []
     for epoch in range(8):
-        trained.train_epoch(epoch, lambda step, metrics: history.append(copied(trained.decoder)))
+        learner.train_epoch(epoch, lambda step, metrics: history.append(copied(learner.network.decoder)))
     assert len(history) == 16
-    for name, averaged in copied(trained.best_decoder).items():
+    for name, averaged in copied(learner.averaged_network.decoder).items():
         expected = history[0][name].double()
         for n, weights in enumerate(history[1:], start=1):
             share = min(decay, (1 + n) / (10 + n))
             expected = share * expected + (1 - share) * weights[name].double()
         torch.testing.assert_close(averaged.double(), expected, rtol=1e-5, atol=1e-6)
-    assert not trained.best_decoder.training
+    assert not learner.averaged_network.training
 
 
-def test_every_batch_is_reported() -> None:
-    trained = learner(config())
+@pytest.mark.parametrize("stage", STAGE_KINDS)
+def test_every_batch_is_reported(stage: StageKind) -> None:
+    learner = tiny_learner(tiny_config(**ALL_STAGES), stage)
     steps: list[int] = []
+    names = {"train/loss", "train/learning_rate", "train/grad_norm", "train/images_per_s"}
+
+    def check(step: int, metrics: dict[str, float]) -> None:
+        steps.append(step)
+        assert metrics.keys() == names | ({"train/reward"} if stage == "self_critical" else set())
+        assert all(math.isfinite(value) for value in metrics.values())
+
     for epoch in range(2):
-        trained.train_epoch(epoch, lambda step, metrics: check(steps, step, metrics))
+        learner.train_epoch(epoch, check)
     assert steps == [1, 2, 3, 4]
 
 
-def check(steps: list[int], step: int, metrics: dict[str, float]) -> None:
-    steps.append(step)
-    assert metrics.keys() == {"train/loss", "train/learning_rate", "train/grad_norm", "train/images_per_s"}
-    assert all(math.isfinite(value) for value in metrics.values())
-
-
 def test_divergence_is_named_and_spares_the_weights() -> None:
-    trained = learner(config())
+    learner = tiny_learner(tiny_config())
     with torch.no_grad():
-        trained.decoder.output_bias[0] = float("nan")
-    before = copied(trained.decoder.embedding)
+        learner.network.decoder.output_bias[0] = float("nan")
+    before = copied(learner.network.decoder.embedding)
     with pytest.raises(
-        ConfigurationError, match=r"training diverged: at batch 1 the loss is nan .*lower --learning-rate"
+        ConfigurationError, match=r"training diverged: at batch 1 the loss is nan .*lower the learning rate, now 0\.01"
     ):
-        trained.train_epoch(0)
-    assert_equal(copied(trained.decoder.embedding), before)
+        learner.train_epoch(0)
+    assert_equal(copied(learner.network.decoder.embedding), before)
 
 
-def one_of_two(rank: int, kind: DecoderKind, directory: str) -> None:
+SPLITS: list[tuple[StageKind, dict[str, Any]]] = [
+    ("cross_entropy", {"batch_size": 4}),
+    ("cross_entropy", {"batch_size": 5}),
+    ("cross_entropy", {"batch_size": 5, "accumulate": 2}),
+    ("fine_tune", {"batch_size": 5}),
+]
+
+
+def settings_of_two(settings: dict[str, Any]) -> TrainConfig:
+    """Without dropout, whose numbers differ between workers."""
+    return tiny_config(dropout=0.0, max_grad_norm=0.5, fine_tune_learning_rate=1e-2, **ALL_STAGES, **settings)
+
+
+def one_of_two(rank: int, directory: str) -> None:
     """A worker process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
     try:
-        trained = learner(settings_of_two(kind), rank=rank, world_size=2, parallel=True)
-        for epoch in range(2):
-            trained.train_epoch(epoch)
-        torch.save(trained.decoder.state_dict(), Path(directory, f"{rank}.pt"))
+        for number, (stage, settings) in enumerate(SPLITS):
+            config = settings_of_two(settings)
+            learner = tiny_learner(config, stage, data=tiny_data(config, rank=rank, world_size=2))
+            trained(learner)
+            torch.save(
+                (copied(learner.scorer), gradients(learner), torch.initial_seed()),
+                Path(directory, f"{number}-{rank}.pt"),
+            )
     finally:
         dist.destroy_process_group()
 
 
-def settings_of_two(kind: DecoderKind) -> TrainConfig:
-    """Without dropout, whose numbers differ between workers."""
-    return config(decoder=kind, dropout=0.0, learning_rate=1e-3, max_grad_norm=0.5)
-
-
 def test_two_workers_learn_what_one_learns(tmp_path: Path) -> None:
-    """One worker with batches of 4, and two with 2 each (of unequal numbers of tokens), by gloo and DDP for real."""
-    spawn(one_of_two, args=("attention", str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert_equal(first, second)
-    alone: Decoder = (single := learner(settings_of_two("attention"))).decoder
-    fresh = copied(alone)
-    for epoch in range(2):
-        single.train_epoch(epoch)
-    for name, tensor in alone.state_dict().items():
-        torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=2e-5)
-    moved = max((alone.state_dict()[name] - fresh[name]).abs().max().item() for name in fresh)
-    assert moved > 1e-3, "the tolerance is far below what was learnt"
+    """One worker with whole batches, and two with their parts (of unequal numbers of tokens, and of images), by gloo
+    and DistributedDataParallel for real."""
+    spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
+    for number, (stage, settings) in enumerate(SPLITS):
+        first, second = (torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=True) for rank in range(2))
+        assert_equal(first[0], second[0])
+        assert first[2] != second[2], "each worker has a dropout of its own"
+        config = settings_of_two(settings)
+        alone = tiny_learner(config, stage)
+        fresh = copied(alone.scorer)
+        trained(alone)
+        torch.testing.assert_close(first[1], gradients(alone), rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(first[0], copied(alone.scorer), rtol=1e-3, atol=2e-4)
+        moved = [(first[0][name] - fresh[name]).abs().max().item() for name in fresh]
+        assert np.max(moved) > 1e-2, "the tolerance is far below what was learnt"

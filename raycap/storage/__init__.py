@@ -11,7 +11,7 @@ Knows nothing of images, Ray or torch. boto3 is imported when first needed, not 
     local.py     LocalStore: directories and files of this machine
     files.py     local files: written whole, locked, named in text
     options.py   S3Options: how to reach an S3 server
-    client.py    S3Options -> boto3 client: endpoint, region, retries, checksums
+    client.py    S3Options -> boto3 client: endpoint, region, retries, checksums; the same for pyarrow
     failures.py  what boto3 raises -> one of raycap's errors, free of secrets
     patience.py  waits for a server that is away for a while
     fetch.py     the content of one object
@@ -39,6 +39,7 @@ from raycap.errors import (
 from raycap.errors import NotFoundError as _NotFoundError
 from raycap.storage.anywhere import Anywhere
 from raycap.storage.base import ObjectInfo, Span, Store
+from raycap.storage.client import arrow_filesystem
 from raycap.storage.local import LocalStore
 from raycap.storage.options import S3Options, refuse_secrets
 from raycap.storage.s3 import S3Store
@@ -51,6 +52,7 @@ __all__ = [
     "S3Store",
     "Span",
     "Store",
+    "arrow_filesystem",
     "is_s3",
     "open_store",
     "read_bytes",

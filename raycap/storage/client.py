@@ -128,3 +128,25 @@ def _checksum_settings(session: Session, address: S3Address) -> dict[str, str]:
         if not told:
             settings[name] = "when_required"
     return settings
+
+
+def arrow_filesystem(options: S3Options) -> Any:
+    """pyarrow's view of the same server, for libraries that want one (Ray Train's storage). Its paths are BUCKET/KEY.
+
+    Keys that stand in the environment or in files are handed over, since pyarrow knows no profiles; those of roles it
+    asks for itself, as they expire.
+    """
+    from pyarrow.fs import S3FileSystem
+
+    session, address = _session_and_address(options)
+    settings: dict[str, Any] = {"region": address.region, "force_virtual_addressing": not address.path_style}
+    if address.endpoint_url:
+        scheme, _, host = address.endpoint_url.rstrip("/").partition("://")
+        settings |= {"scheme": scheme, "endpoint_override": host}
+    credentials = session.get_credentials()
+    if options.anonymous:
+        settings["anonymous"] = True
+    elif credentials is not None and credentials.method in ("env", "shared-credentials-file", "config-file"):
+        keys = credentials.get_frozen_credentials()
+        settings |= {"access_key": keys.access_key, "secret_key": keys.secret_key, "session_token": keys.token}
+    return S3FileSystem(**settings)

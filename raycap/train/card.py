@@ -6,12 +6,14 @@ import dataclasses
 import shlex
 from typing import Any
 
+from raycap.model.config import DecoderKind
 from raycap.train.config import TrainConfig
 
 _TEMPLATE = """\
 # {name}
 
-An image captioner: {encoder} (ImageNet weights, frozen) with {decoder}, trained by raycap.
+An image captioner: {encoder} ({encoder_weights}) with {decoder}, trained by raycap.
+{training}
 
 ## Use
 
@@ -26,7 +28,7 @@ Vocabulary: {vocabulary_size:,} words.
 
 ## Scores
 
-{split}; beam size {beam_size}; tokenizer: {tokenizer}; epoch {epoch} of {epochs}, chosen by CIDEr-D on the same split.
+{split}; beam size {beam_size}; tokenizer: {tokenizer}; {chosen}, chosen by CIDEr-D on the same split.
 
 {scores}
 
@@ -41,30 +43,52 @@ colours and rare things. The model knows only the words of its training captions
 about people above all. Do not use it where a wrong caption does harm.
 """
 
-NOT_IN_CARD = frozenset({"s3", "ray_address", "run_dir", "name", "log_every_s", "cpus_per_worker"})
+NOT_IN_CARD = frozenset(
+    {"s3", "ray_address", "run_dir", "cache_dir", "name", "log_every_s", "cpus_per_worker", "dry_run"}
+)
 """Settings of the place where a training ran; they do not change the model."""
 
-LOCATIONS = frozenset({"annotations", "images", "val_annotations", "val_images", "output"})
+LOCATIONS = frozenset({"annotations", "images", "val_annotations", "val_images", "output", "init"})
 """Settings that are paths or s3:// addresses. Only their last part goes with a model: the rest tells of the machine."""
 
 _DECODERS = {
+    "att2in": "an LSTM that the attended feature enters (Att2in, Rennie et al. 2017)",
     "attention": "a two-layer LSTM with top-down attention (Anderson et al. 2018)",
     "show_tell": "the LSTM of Show and Tell (Vinyals et al. 2015)",
 }
 
 
+_STAGES = {
+    "cross_entropy": "cross-entropy with a frozen CNN",
+    "fine_tune": "cross-entropy with a CNN that learns too",
+    "self_critical": "self-critical training on CIDEr-D (Rennie et al. 2017) with a frozen CNN",
+}
+
+
 def model_card(
-    config: TrainConfig, metrics: dict[str, Any], *, num_images: int, num_captions: int, vocabulary_size: int
+    config: TrainConfig,
+    metrics: dict[str, Any],
+    *,
+    encoder: str,
+    decoder: DecoderKind,
+    num_images: int,
+    num_captions: int,
+    vocabulary_size: int,
+    fine_tuned: bool,
 ) -> str:
-    """The card's text. `metrics` is what goes into the bundle's metrics.json."""
+    """The card's text. `metrics` is what goes into the bundle's metrics.json; `fine_tuned`: the CNN has learnt too."""
     names = {"bleu_1": "BLEU-1", "bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider_d": "CIDEr-D"}
     scores = {label: metrics["scores"].get(name) for name, label in names.items()}
     head = "| " + " | ".join(scores) + " |\n|" + "---|" * len(scores)
     values = "| " + " | ".join("-" if value is None else f"{100 * value:.1f}" for value in scores.values()) + " |"
+    stages = [f"{stage.epochs} epochs of {_STAGES[stage.kind]}" for stage in config.stages]
+    start = f", from the bundle {last_part(config.init)}" if config.init else ""
     return _TEMPLATE.format(
         name=config.run_name,
-        encoder=config.encoder,
-        decoder=_DECODERS[config.decoder],
+        encoder=encoder,
+        encoder_weights="fine-tuned" if fine_tuned else "frozen",
+        decoder=_DECODERS[decoder],
+        training=f"Training{start}: {', then '.join(stages)}.",
         num_images=num_images,
         num_captions=num_captions,
         num_val_images=metrics["num_images"],
@@ -73,8 +97,7 @@ def model_card(
         split=f"Validation split, {metrics['num_images']:,} images, x100",
         beam_size=config.beam_size,
         tokenizer=metrics["tokenizer"],
-        epoch=metrics["epoch"],
-        epochs=config.epochs,
+        chosen=f"epoch {metrics['epoch']} of {_STAGES[metrics['stage']]}",
         scores=f"{head}\n{values}",
         command=command_line(config),
     )

@@ -1,13 +1,14 @@
-"""Captioned images as batches for the decoder. Knows nothing of pixels or Ray.
+"""Captioned images as batches. Knows nothing of Ray; pixels are somebody else's.
 
-Shapes: B images, P grid cells, C feature channels, N captions of these images, T tokens of the longest.
+Shapes: B images, P grid cells, C feature channels, N captions of these images, T tokens of the longest, M their tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,19 +19,30 @@ from raycap.errors import ConfigurationError
 from raycap.model.vocabulary import PAD, Vocabulary
 from raycap.train.features import Features
 
+T = TypeVar("T")
+
+
+class Part(NamedTuple):
+    """One worker's part of the images of a batch."""
+
+    images_B: np.ndarray
+    """int64: places in the list of training images."""
+    seeds_B: np.ndarray
+    """uint32, drawn anew in each epoch: decide the variant (mirrored, cropped) of each image."""
+
 
 class Batch(NamedTuple):
     """Captions of a few images, the longest first, as `Decoder.forward` wants them."""
 
-    features_BPC: Tensor
+    inputs: Tensor
+    """features float32 [B, P, C], or pixels uint8 [B, H, W, 3]."""
     image_N: Tensor
     tokens_NT: Tensor
     lengths_N: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens to predict: words and <eos>."""
-        return int((self.lengths_N - 1).sum())
+    weights_N: Tensor
+    """float32: what each caption's loss is multiplied by; 0 for the captions of an image that could not be read."""
+    num_tokens: int
+    """Tokens to predict, words and <eos>, in the captions of images that could be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +53,10 @@ class CaptionData:
     same for any number of workers.
     """
 
-    features: Features
-    rows: np.ndarray
-    """int64: the row of each image in the features."""
+    images: np.ndarray
+    """int64: places of the images that can be used in the list of training images."""
     captions: list[list[list[int]]]
-    """Token ids of the captions of each image."""
+    """Token ids of the captions of each image in that list."""
     batch_size: int
     """Images in a batch, over all workers."""
     rank: int
@@ -56,30 +67,29 @@ class CaptionData:
     def encode(
         cls,
         images: Sequence[CaptionedImage],
-        features: Features,
         vocabulary: Vocabulary,
         *,
         max_length: int,
         batch_size: int,
+        failed: Iterable[str] = (),
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
     ) -> CaptionData:
-        """Turn captions into token ids. `images` are those of `features`, in the same order.
+        """Turn captions into token ids; the images named in `failed` are left out.
 
-        Unreadable ones are left out. Raises ConfigurationError if not one for each worker is left.
+        Raises ConfigurationError if not one for each worker is left.
         """
-        rows = [row for row, image in enumerate(images) if image.file_name not in features.failed]
-        if len(rows) < world_size:
+        failed = set(failed)
+        usable = [place for place, image in enumerate(images) if image.file_name not in failed]
+        if len(usable) < world_size:
             raise ConfigurationError(
-                f"{len(rows)} of {len(images)} training images can be read; expected at least one for each of "
+                f"{len(usable)} of {len(images)} training images can be read; expected at least one for each of "
                 f"{world_size} workers"
             )
-        captions = [[vocabulary.encode(c, max_length=max_length) for c in images[row].captions] for row in rows]
         return cls(
-            features=features,
-            rows=np.asarray(rows),
-            captions=captions,
+            images=np.asarray(usable),
+            captions=[[vocabulary.encode(c, max_length=max_length) for c in image.captions] for image in images],
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
@@ -92,27 +102,59 @@ class CaptionData:
 
         Fewer images than one batch holds are one small batch.
         """
-        return max(1, len(self.captions) // self.batch_size)
+        return max(1, len(self.images) // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """This worker's part of the batches of one epoch."""
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Part]:
+        """This worker's part of the batches of one epoch, from batch number `start` on."""
         generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(len(self.captions))
-        variants = generator.integers(self.features.num_variants, size=len(order))
-        for step in range(self.steps_per_epoch):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            images = np.array_split(batch, self.world_size)[self.rank]
-            yield self._batch(images, variants[images])
+        order = self.images[generator.permutation(len(self.images))]
+        seeds = generator.integers(2**32, size=len(order), dtype=np.uint32)
+        for step in range(start, self.steps_per_epoch):
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            yield Part(*(np.array_split(array[batch], self.world_size)[self.rank] for array in (order, seeds)))
 
-    def _batch(self, images: np.ndarray, variants: np.ndarray) -> Batch:
-        captions = [(position, tokens) for position, image in enumerate(images) for tokens in self.captions[image]]
-        captions.sort(key=lambda item: -len(item[1]))  # stable: the order is the same everywhere
-        tokens_NT = np.full((len(captions), len(captions[0][1])), PAD, dtype=np.int64)
-        for n, (_, tokens) in enumerate(captions):
-            tokens_NT[n, : len(tokens)] = tokens
-        return Batch(
-            self.features.batch(self.rows[images], variants),
-            torch.tensor([position for position, _ in captions]),
-            torch.from_numpy(tokens_NT),
-            torch.tensor([len(tokens) for _, tokens in captions]),
-        )
+    def references(self, part: Part, inputs: Tensor, readable_B: np.ndarray) -> Batch:
+        """The images of a part with all their reference captions."""
+        captions = [(b, tokens) for b, image in enumerate(part.images_B) for tokens in self.captions[image]]
+        batch = as_batch(inputs, captions, [float(readable_B[b]) for b, _ in captions])
+        return batch._replace(num_tokens=sum(len(tokens) - 1 for b, tokens in captions if readable_B[b]))
+
+
+def as_batch(inputs: Tensor, captions: Sequence[tuple[int, Sequence[int]]], weights: Sequence[float]) -> Batch:
+    """A batch of (image, tokens with <bos> and <eos>) and the weight of each."""
+    order = sorted(range(len(captions)), key=lambda n: -len(captions[n][1]))  # stable: the order is the same everywhere
+    tokens_NT = np.full((len(order), len(captions[order[0]][1])), PAD, dtype=np.int64)
+    for row, n in enumerate(order):
+        tokens = captions[n][1]
+        tokens_NT[row, : len(tokens)] = tokens
+    return Batch(
+        inputs,
+        torch.tensor([captions[n][0] for n in order]),
+        torch.from_numpy(tokens_NT),
+        torch.tensor([len(captions[n][1]) for n in order]),
+        torch.tensor([weights[n] for n in order], dtype=torch.float32),
+        sum(len(tokens) - 1 for _, tokens in captions),
+    )
+
+
+def read_features(features: Features, parts: Iterable[Part]) -> Iterator[tuple[Part, Tensor, np.ndarray]]:
+    """The cached features of each part, read a batch ahead."""
+
+    def load(part: Part) -> tuple[Part, Tensor, np.ndarray]:
+        variants_B = (part.seeds_B % features.num_variants).astype(np.int64)
+        return part, features.batch(part.images_B, variants_B), np.ones(len(part.images_B), dtype=bool)
+
+    return ahead(map(load, parts))
+
+
+_END = object()
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is used."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="raycap-ahead") as pool:
+        future = pool.submit(next, iterator, _END)
+        while (item := future.result()) is not _END:
+            future = pool.submit(next, iterator, _END)
+            yield item

@@ -1,13 +1,17 @@
-"""The training loop of one worker: batches in, a better decoder out.
+"""The training loop of one worker in one stage: batches in, a better network out.
 
 Knows nothing of Ray; several workers meet in torch.distributed.
+
+Shapes: B images, N captions, T tokens, M tokens to predict, in order of time, V words.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,126 +19,266 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from raycap.errors import ConfigurationError
-from raycap.model.beam import beam_search
-from raycap.model.config import DecodingConfig
 from raycap.model.decoder import Decoder
-from raycap.model.vocabulary import Vocabulary
-from raycap.train.config import TrainConfig
-from raycap.train.data import Batch, CaptionData
-from raycap.train.features import Features
+from raycap.model.encoder import Encoder
+from raycap.model.network import CaptionNetwork
+from raycap.train.config import Stage, TrainConfig
+from raycap.train.data import Batch, CaptionData, Part
+from raycap.train.self_critical import SelfCritical
 
 Report = Callable[[int, dict[str, float]], None]
+Read = Callable[[Iterable[Part]], Iterator[tuple[Part, Tensor, np.ndarray]]]
+"""Parts in; parts with their inputs out (pixels or features of each image) and whether each image was readable."""
+
+
+class Scorer(nn.Module):
+    """What learns, with one forward for both kinds of input."""
+
+    def __init__(self, encoder: Encoder | None, decoder: Decoder) -> None:
+        """`encoder` is None where it stays as it is: then the inputs are its features."""
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, inputs: Tensor, image_N: Tensor, tokens_NT: Tensor, lengths_N: Tensor) -> Tensor:
+        """Logits [M, V] of `Decoder.forward`. Inputs are features, or with an encoder pixels."""
+        features_BPC = inputs if self.encoder is None else self.encoder(inputs)
+        logits_MV, _ = self.decoder(features_BPC, image_N, tokens_NT, lengths_N)
+        result: Tensor = logits_MV
+        return result
 
 
 class Learner:
-    """A decoder with its optimizer, learning rate schedule and averaged weights."""
+    """A network with the optimizer, learning rate schedule and averaged weights of one stage."""
 
     def __init__(
-        self, config: TrainConfig, decoder: Decoder, data: CaptionData, wrapped: nn.Module | None = None
+        self,
+        config: TrainConfig,
+        stage: Stage,
+        network: CaptionNetwork,
+        data: CaptionData,
+        read: Read,
+        self_critical: SelfCritical | None = None,
     ) -> None:
-        """`wrapped` is the decoder as the workers share it (DistributedDataParallel); by default the decoder itself."""
-        self.config = config
-        self.decoder = decoder
-        self.data = data
-        self.wrapped = wrapped or decoder
-        self.device = next(decoder.parameters()).device
-        self.optimizer = torch.optim.AdamW(
-            decoder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.averaged = AveragedModel(decoder, avg_fn=moving_average(config.ema_decay))
+        """Goes on with the weights of `network`, in place. `self_critical` belongs to the stage of this kind."""
+        self.config, self.stage, self.network, self.data, self.read = config, stage, network, data, read
+        self.self_critical = self_critical
+        self.scorer = Scorer(network.encoder if stage.kind == "fine_tune" else None, network.decoder)
+        self.scorer.requires_grad_(True)
+        self.device = next(network.decoder.parameters()).device
+        # gloo and NCCL meet here; a single worker needs no wrapping.
+        self.wrapped = DistributedDataParallel(self.scorer) if data.world_size > 1 else self.scorer
+        groups = [{"params": list(network.decoder.parameters()), "peak": stage.learning_rate}]
+        if self.scorer.encoder is not None:
+            groups.append({"params": list(network.encoder.parameters()), "peak": stage.encoder_learning_rate})
+        self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, weight_decay=config.weight_decay)
+        self.averaged = AveragedModel(self.scorer, avg_fn=moving_average(config.ema_decay))
+        self.dtype = training_dtype(config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step = 0
+        self.epoch_loss, self.epoch_tokens = 0.0, 0
 
     @property
-    def best_decoder(self) -> Decoder:
-        """The decoder with averaged weights, in evaluation mode."""
-        averaged = self.averaged.module.eval()
-        assert isinstance(averaged, Decoder)
-        return averaged
+    def averaged_network(self) -> CaptionNetwork:
+        """The network with averaged weights, in evaluation mode."""
+        scorer = self.averaged.module
+        assert isinstance(scorer, Scorer)
+        return CaptionNetwork(scorer.encoder or self.network.encoder, scorer.decoder).eval()
+
+    @property
+    def total_steps(self) -> int:
+        """Batches of the whole stage."""
+        return self.data.steps_per_epoch * self.stage.epochs
 
     def train_epoch(self, epoch: int, report: Report = lambda step, metrics: None) -> dict[str, float]:
-        """One pass over the data; `report(step, metrics)` is called after every batch.
+        """The rest of an epoch's pass over the data, from batch number `step`; `report(step, metrics)` is called after
+        every batch.
 
-        Dropout is seeded by (seed, epoch, rank), so a resumed run goes on exactly as one that was never stopped.
-        Raises ConfigurationError if the loss is no longer a number.
+        All chance is seeded by seed, stage, batch and worker, so a resumed run goes on exactly as one that was never
+        stopped. Raises ConfigurationError if the loss is no longer a number.
         """
-        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, epoch, self.data.rank]).generate_state(1)[0]))
-        self.wrapped.train()
-        total_loss, total_tokens, started = 0.0, 0, time.monotonic()
-        for batch in self.data.epoch(epoch):
-            rate = learning_rate(self.step, self.config, self.data.steps_per_epoch * self.config.epochs)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            loss, grad_norm = self._train_batch(batch)
+        before = epoch * self.data.steps_per_epoch
+        start = self.step - before
+        if start == 0:
+            self.epoch_loss, self.epoch_tokens = 0.0, 0
+        started = time.monotonic()
+        for part, inputs, readable_B in self.read(self.data.epoch(epoch, start=start)):
+            self._seed()
+            rate = self._set_learning_rate()
+            batches, extra = self._batches(part, inputs.to(self.device), readable_B)
+            loss, num_tokens, grad_norm = self._optimize(batches)
             self.step += 1
-            total_loss, total_tokens = total_loss + loss * batch.num_tokens, total_tokens + batch.num_tokens
-            images = self.data.batch_size * (self.step - epoch * self.data.steps_per_epoch)
+            self.epoch_loss, self.epoch_tokens = self.epoch_loss + loss, self.epoch_tokens + num_tokens
+            images = self.data.batch_size * (self.step - before - start)
             report(
                 self.step,
                 {
-                    "train/loss": loss,
+                    "train/loss": loss / max(num_tokens, 1),
                     "train/learning_rate": rate,
                     "train/grad_norm": grad_norm,
                     "train/images_per_s": images / (time.monotonic() - started),
+                    **extra,
                 },
             )
-        return {"train_loss": total_loss / max(total_tokens, 1), "epoch_s": time.monotonic() - started}
+        return {"train_loss": self.epoch_loss / max(self.epoch_tokens, 1), "epoch_s": time.monotonic() - started}
 
-    def _train_batch(self, batch: Batch) -> tuple[float, float]:
-        """One optimizer step. Returns the mean loss of a token of this worker's batch and the gradient's norm."""
-        loss_sum = self._loss_sum(batch)
-        num_tokens = torch.tensor(float(batch.num_tokens), device=self.device)
+    def _seed(self) -> None:
+        """Dropout and samples of the next batch are those of this stage, batch and worker, whatever came before."""
+        kinds = ("cross_entropy", "fine_tune", "self_critical")
+        key = [self.config.seed, kinds.index(self.stage.kind), self.step, self.data.rank]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+    def _set_learning_rate(self) -> float:
+        share = learning_rate_share(self.step, self.stage.warmup_steps, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        return self.stage.learning_rate * share
+
+    def _batches(self, part: Part, inputs: Tensor, readable_B: np.ndarray) -> tuple[list[Batch], dict[str, float]]:
+        """What this worker learns from in one step, and what else there is to say of it."""
+        extra: dict[str, float] = {}
+        batches = []
+        for pieces in _pieces(len(part.images_B), self.config.accumulate):
+            piece = Part(part.images_B[pieces], part.seeds_B[pieces])
+            if self.self_critical is None:
+                batches.append(self.data.references(piece, inputs[pieces], readable_B[pieces]))
+            else:
+                self.scorer.train()
+                with self._arithmetic():
+                    batch, metrics = self.self_critical.samples(self.network.decoder, piece.images_B, inputs[pieces])
+                batches.append(batch)
+                share = len(piece.images_B) / len(part.images_B)
+                extra = {name: extra.get(name, 0.0) + share * value for name, value in metrics.items()}
+        return batches, extra
+
+    def _optimize(self, batches: list[Batch]) -> tuple[float, int, float]:
+        """One optimizer step. Returns the sum of the losses of this worker's tokens, their number, and the gradient's
+        norm."""
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        divisor = torch.tensor(float(num_tokens), device=self.device)
         if self.data.world_size > 1:
             # DistributedDataParallel averages gradients over workers; the loss is a mean over all their tokens.
-            dist.all_reduce(num_tokens)
-            num_tokens /= self.data.world_size
+            dist.all_reduce(divisor)
+            divisor /= self.data.world_size
+        self._training_mode()
         self.optimizer.zero_grad(set_to_none=True)
-        (loss_sum / num_tokens).backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), self.config.max_grad_norm)
-        if not math.isfinite(grad_norm.item()):
+        total = 0.0
+        for index, batch in enumerate(batches):
+            with self._without_exchange(last=index + 1 == len(batches)):
+                loss_sum = self._loss_sum(batch)
+                self.scaler.scale(loss_sum / divisor.clamp(min=1)).backward()
+            total += loss_sum.item()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.max_grad_norm).item()
+        if not (math.isfinite(grad_norm) or self.scaler.is_enabled()):  # the scaler leaves such a step out
             raise ConfigurationError(
-                f"training diverged: at batch {self.step + 1} the loss is {loss_sum.item() / batch.num_tokens} and its "
-                f"gradient's norm {grad_norm.item()}; lower --learning-rate, now {self.config.learning_rate}"
+                f"training diverged: at batch {self.step + 1} the loss is {total / max(num_tokens, 1)} and its "
+                f"gradient's norm {grad_norm}; lower the learning rate, now {self.stage.learning_rate}"
             )
-        self.optimizer.step()
-        self.averaged.update_parameters(self.decoder)
-        return loss_sum.item() / batch.num_tokens, grad_norm.item()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.averaged.update_parameters(self.scorer)
+        return total, num_tokens, grad_norm
+
+    def _training_mode(self) -> None:
+        self.wrapped.train()
+        if self.scorer.encoder is not None:
+            self.scorer.encoder.eval()  # batch normalisation keeps its ImageNet statistics: batches are small
+
+    def _without_exchange(self, *, last: bool) -> Any:
+        """Workers exchange gradients once a step, with the last part of the batch."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+            return self.wrapped.no_sync()
+        return nullcontext()
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _loss_sum(self, batch: Batch) -> Tensor:
-        logits_MV, targets_M = self.wrapped(
-            batch.features_BPC.to(self.device),
-            batch.image_N.to(self.device),
-            batch.tokens_NT.to(self.device),
-            batch.lengths_N,
+        """Sum over the captions' tokens of weight times cross-entropy."""
+        image_N, tokens_NT = batch.image_N.to(self.device), batch.tokens_NT.to(self.device)
+        caption_M, targets_M = in_order_of_time(tokens_NT, batch.lengths_N)
+        smoothing, temperature = self.config.label_smoothing, 1.0
+        if self.self_critical is not None:
+            smoothing, temperature = 0.0, self.config.scst_temperature  # of the distribution that the samples are from
+        with self._arithmetic():
+            inputs_NT = self._own_words(batch, image_N, tokens_NT)
+        # Not in the same context: until torch 2.10 weights that autocast has cast without gradients stay without.
+        with self._arithmetic():
+            logits_MV = self.wrapped(batch.inputs, image_N, inputs_NT, batch.lengths_N)
+        losses_M = F.cross_entropy(
+            logits_MV.float() / temperature, targets_M, reduction="none", label_smoothing=smoothing
         )
-        return F.cross_entropy(logits_MV, targets_M, label_smoothing=self.config.label_smoothing, reduction="sum")
+        return (losses_M * batch.weights_N.to(self.device)[caption_M]).sum()
+
+    @torch.no_grad()
+    def _own_words(self, batch: Batch, image_N: Tensor, tokens_NT: Tensor) -> Tensor:
+        """Scheduled sampling: the tokens with some words replaced by what the model would say there."""
+        share = self.config.scheduled_sampling * self.step / self.total_steps
+        if share == 0 or self.self_critical is not None:
+            return tokens_NT
+        logits_MV = self.scorer(batch.inputs, image_N, tokens_NT, batch.lengths_N)
+        drawn_M = torch.multinomial(torch.softmax(logits_MV.float(), -1), 1).squeeze(1)
+        own_NT = tokens_NT.clone()
+        place_NT = torch.arange(tokens_NT.numel(), device=self.device).view_as(tokens_NT)
+        _, place_M = in_order_of_time(place_NT, batch.lengths_N)
+        chosen_M = torch.rand(drawn_M.shape, device=self.device) < share
+        own_NT.view(-1)[place_M[chosen_M]] = drawn_M[chosen_M]
+        return own_NT
 
     def state_dict(self) -> dict[str, Any]:
-        """All that resuming needs."""
+        """Everything that resuming needs."""
         return {
-            "decoder": self.decoder.state_dict(),
+            "scorer": self.scorer.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
+            "epoch_loss": self.epoch_loss,
+            "epoch_tokens": self.epoch_tokens,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.decoder.load_state_dict(state["decoder"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        """Continue where `state_dict` was taken, with any number of workers."""
+        for name in ("scorer", "averaged", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.epoch_loss, self.epoch_tokens = state["step"], state["epoch_loss"], state["epoch_tokens"]
 
 
-def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
-    """Linear warm-up, then a half cosine to 0 (Loshchilov and Hutter 2017, without restarts)."""
-    warmup = min(config.warmup_steps, total_steps // 2)
+def _pieces(num_images: int, accumulate: int) -> list[slice]:
+    """At most `accumulate` parts of about the same size."""
+    bounds = np.linspace(0, num_images, min(accumulate, num_images) + 1).astype(int).tolist()
+    return [slice(start, end) for start, end in pairwise(bounds)]
+
+
+def in_order_of_time(values_NT: Tensor, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
+    """What belongs to each row of `Decoder.forward`'s logits: the caption's number [M], and its value at the next token
+    [M]. `lengths_N` is on the CPU, the longest first."""
+    active_TN = lengths_N - 1 > torch.arange(int(lengths_N[0]) - 1)[:, None]
+    time_M, caption_M = (index.to(values_NT.device) for index in active_TN.nonzero(as_tuple=True))
+    return caption_M, values_NT[caption_M, time_M + 1]
+
+
+def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of the arithmetic of forward and backward."""
+    if config.precision == "auto":
+        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bfloat16 else torch.float32
+    dtype: torch.dtype = getattr(torch, config.precision)
+    return dtype
+
+
+def learning_rate_share(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Of the peak: linear warm-up, then a half cosine to 0 (Loshchilov and Hutter 2017, without restarts)."""
+    warmup = min(warmup_steps, total_steps // 2)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
@@ -146,24 +290,3 @@ def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Ten
         return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
 
     return average
-
-
-def caption_features(
-    decoder: Decoder,
-    features: Features,
-    rows: Sequence[int],
-    vocabulary: Vocabulary,
-    decoding: DecodingConfig,
-    *,
-    batch_size: int = 64,
-) -> list[str]:
-    """Captions of cached images, one for each row, by beam search."""
-    decoder.eval()
-    device = next(decoder.parameters()).device
-    captions = []
-    for start in range(0, len(rows), batch_size):
-        features_BPC = features.batch(np.asarray(rows[start : start + batch_size])).to(device)
-        captions += [
-            vocabulary.decode(hypotheses[0].tokens) for hypotheses in beam_search(decoder, features_BPC, decoding)
-        ]
-    return captions

@@ -7,11 +7,11 @@ import logging
 import re
 from collections.abc import Sequence
 
+from raycap.ensemble.config import EnsembleConfig
 from raycap.errors import ConfigurationError
 from raycap.model.bundle import Bundle
 from raycap.model.config import DecodingConfig
 from raycap.model.ensemble import EnsembleNetwork
-from raycap.model.ensemble_config import EnsembleConfig
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""`raycap ensemble`: several bundles made one. No Ray here."""

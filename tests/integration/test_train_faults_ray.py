@@ -1,0 +1,94 @@
+"""Trainings that are killed end with the weights of those that are not; on disk and on S3."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from raycap.model.bundle import Bundle
+from raycap.storage import open_store
+from tests.commands import Command, process_title, wait_until
+from tests.integration.test_train_ray import write_dataset
+from tests.s3 import S3Server
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_aws_settings"), pytest.mark.timeout(900)]
+
+SMALL = (
+    "--size-px 64 --hidden-size 32 --attention-size 16 --min-count 1 --max-length 5 --batch-size 4 "
+    "--learning-rate 0.01 --log-every-s 0 --num-workers 2 --cpus-per-worker 1"
+).split()
+# Three batches an epoch, a checkpoint after each: 15 chances to be killed at.
+STAGES = "--epochs 3 --scst-epochs 2 --checkpoint-every 1".split()
+
+
+def arguments(images: str, annotations: str, output: str, run_dir: str) -> list[str]:
+    data = ["--images", images, "--annotations", annotations, "--val-annotations", annotations]
+    return ["train", *data, "--output", output, "--run-dir", run_dir, *SMALL]
+
+
+def checkpoints_seen(run: Path, seen: set[str]) -> int:
+    """The number of different checkpoints there have been; older ones are deleted."""
+    if run.is_dir():
+        seen |= {path.name for path in run.iterdir() if path.name.startswith("checkpoint_")}
+    return len(seen)
+
+
+def test_killed_workers_and_a_killed_driver_change_nothing(tmp_path: Path, start: Callable[..., Command]) -> None:
+    write_dataset(tmp_path)
+    annotations, runs = str(tmp_path / "captions.json"), tmp_path / "runs"
+
+    def command(name: str) -> Command:
+        return start(*arguments(str(tmp_path / "images"), annotations, str(tmp_path / name), str(runs)), *STAGES)
+
+    code, _, err = command("undisturbed").finish()
+    assert code == 0, err
+
+    seen: set[str] = set()
+    disturbed = command("disturbed")
+    wait_until(lambda: checkpoints_seen(runs / "disturbed", seen) >= 2, "two checkpoints")
+    workers = [pid for pid in disturbed.others() if process_title(pid).startswith("ray::RayTrainWorker")]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    wait_until(lambda: checkpoints_seen(runs / "disturbed", seen) >= 8, "eight checkpoints")
+    disturbed.process.kill()
+    _, _, err = disturbed.finish()
+    assert "a worker failed" in err
+    assert "resuming" in err
+    wait_until(lambda: not disturbed.others(), "the end of what the command had started")
+
+    again = command("disturbed")
+    code, _, err = again.finish()
+    assert code == 0, err
+    assert "resuming" in err
+    assert Bundle.load(str(tmp_path / "disturbed")).model_id == Bundle.load(str(tmp_path / "undisturbed")).model_id
+
+
+def test_everything_may_be_on_s3(
+    tmp_path: Path, s3_server: S3Server, start: Callable[..., Command], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.env().items():
+        monkeypatch.setenv(name, value)
+    write_dataset(tmp_path)
+    bucket = f"s3://{s3_server.make_bucket()}"
+    for path in sorted(tmp_path.rglob("*.*")):
+        open_store(bucket).write(str(path.relative_to(tmp_path)), path.read_bytes())
+    given = arguments(f"{bucket}/images", f"{bucket}/captions.json", f"{bucket}/models/tiny", f"{bucket}/runs")
+    caches = ["--cache-dir", str(tmp_path / "cache")]
+
+    stages = "--epochs 1 --fine-tune-epochs 1 --scst-epochs 1".split()
+    code, _, err = start(*given, *stages, *caches, env=s3_server.env()).finish()
+    assert code == 0, err
+    keys = {info.key for info in open_store(f"{bucket}/runs").list()}
+    assert any(key.startswith("tiny/tensorboard/events.") for key in keys)
+    assert any(key.startswith("tiny/checkpoint_") for key in keys)
+    assert any(key.startswith("features/") for key in keys)
+    model_id = Bundle.load(f"{bucket}/models/tiny").model_id
+
+    code, _, err = start(*given, *stages, *caches, env=s3_server.env()).finish()
+    assert code == 0, err
+    assert "encoding" not in err and "done in" not in err, "all of it was done"
+    assert Bundle.load(f"{bucket}/models/tiny").model_id == model_id
