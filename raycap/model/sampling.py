@@ -11,6 +11,8 @@ from torch import Tensor
 from raycap.model.beam import NEVER, Features, StepDecoder
 from raycap.model.vocabulary import BOS, EOS, PAD, UNKNOWN
 
+NEVER_DRAWN = [PAD, BOS, UNKNOWN]
+
 
 @torch.no_grad()
 def sample(
@@ -47,7 +49,7 @@ def sample(
         step = decoder.step(token_R, state, memory)
         state = step.state
         scores_RV = step.logits_RV.float() / temperature
-        scores_RV[:, [PAD, BOS, UNKNOWN] if columns else [PAD, BOS, UNKNOWN, EOS]] = NEVER
+        scores_RV[:, NEVER_DRAWN if columns else [*NEVER_DRAWN, EOS]] = NEVER
         probs_RV = _nucleus(torch.softmax(scores_RV, -1), top_p)
         token_R = torch.multinomial(probs_RV, 1, generator=generator).squeeze(1).masked_fill(ended_R, PAD)
         columns.append(token_R)

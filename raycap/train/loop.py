@@ -202,17 +202,18 @@ class Learner:
         """Sum over the captions' tokens of weight times cross-entropy."""
         image_N, tokens_NT = batch.image_N.to(self.device), batch.tokens_NT.to(self.device)
         caption_M, targets_M = in_order_of_time(tokens_NT, batch.lengths_N)
-        smoothing, temperature = self.config.label_smoothing, 1.0
-        if self.self_critical is not None:
-            smoothing, temperature = 0.0, self.config.scst_temperature  # of the distribution that the samples are from
         with self._arithmetic():
             inputs_NT = self._own_words(batch, image_N, tokens_NT)
         # Not in the same context: until torch 2.10 weights that autocast has cast without gradients stay without.
         with self._arithmetic():
             logits_MV = self.wrapped(batch.inputs, image_N, inputs_NT, batch.lengths_N)
-        losses_M = F.cross_entropy(
-            logits_MV.float() / temperature, targets_M, reduction="none", label_smoothing=smoothing
-        )
+        logits_MV = logits_MV.float()
+        if self.self_critical is None:
+            losses_M = F.cross_entropy(
+                logits_MV, targets_M, reduction="none", label_smoothing=self.config.label_smoothing
+            )
+        else:
+            losses_M = F.cross_entropy(self.self_critical.logits(logits_MV), targets_M, reduction="none")
         return (losses_M * batch.weights_N.to(self.device)[caption_M]).sum()
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 import ray.train
@@ -180,14 +179,13 @@ def _read_pixels(
     options.resource_limits = limits
     ray.data.DataContext.get_current().enable_progress_bars = False
     names = [image.file_name for image in job.train_images]
-    tables = [
-        pa.table({"name": [names[image] for image in part.images_B], "seed": pa.array(part.seeds_B)}) for part in parts
-    ]
+    # from_items, since from_arrow asks for a whole CPU to look at its tables, which may not be there.
+    items = [{"name": [names[image] for image in part.images_B], "seed": part.seeds_B.tolist()} for part in parts]
     config = job.config
-    decode = partial(read_part, job.train_store, job.start.preprocessing, flip=config.flip, crop=config.crop)
+    read = partial(read_part, job.train_store, job.start.preprocessing, flip=config.flip, crop=config.crop)
     blocks = (
-        ray.data.from_arrow(tables)
-        .map_batches(decode, batch_size=None, batch_format="numpy", num_cpus=DECODE_CPUS)
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(partial(_one_row, read), batch_size=None, batch_format="numpy", num_cpus=DECODE_CPUS)
         .iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=PREFETCHED_PARTS)
     )
     failed: dict[str, str] = {}
@@ -200,3 +198,8 @@ def _read_pixels(
         yield part, torch.from_numpy(np.ascontiguousarray(block["pixels"])), readable_B
     if failed:
         tell(f"{len(failed)} images could not be used in this epoch")
+
+
+def _one_row(read: Callable[[dict[str, Any]], dict[str, np.ndarray]], block: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A part is a block of one row, whose values are lists."""
+    return read({name: values[0] for name, values in block.items()})

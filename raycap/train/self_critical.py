@@ -15,7 +15,7 @@ from raycap.coco import CaptionedImage
 from raycap.model.beam import beam_search
 from raycap.model.config import DecodingConfig
 from raycap.model.decoder import Decoder
-from raycap.model.sampling import sample
+from raycap.model.sampling import NEVER_DRAWN, sample
 from raycap.model.vocabulary import BOS, EOS, Vocabulary, tokenize
 from raycap.train.cider import CiderD
 from raycap.train.config import TrainConfig
@@ -61,7 +61,15 @@ class SelfCritical:
             [(n // num_samples, [BOS, *caption]) for n, caption in enumerate(captions)],
             advantages_BK.flatten().tolist(),
         )
-        return batch, {"train/reward": float(rewards_BK.mean())}
+        words = float(lengths_N.float().mean()) - 1
+        return batch, {"train/reward": float(rewards_BK.mean()), "train/sample_words": words}
+
+    def logits(self, logits_MV: Tensor) -> Tensor:
+        """The logits of the distribution that the samples are drawn from. With others, what is never drawn (<unk>)
+        would take the probability that bad words lose, and captions would shrink."""
+        scores_MV = logits_MV / self.config.scst_temperature
+        scores_MV[:, NEVER_DRAWN] = float("-inf")
+        return scores_MV
 
     def _rewards(self, images: Sequence[int], captions: Sequence[Sequence[int]]) -> np.ndarray:
         scores = [self.reward.score(image, caption) for image, caption in zip(images, captions, strict=True)]

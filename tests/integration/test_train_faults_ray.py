@@ -17,17 +17,31 @@ from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_aws_settings"), pytest.mark.timeout(900)]
 
-SMALL = (
-    "--size-px 64 --hidden-size 32 --attention-size 16 --min-count 1 --max-length 5 --batch-size 4 "
-    "--learning-rate 0.01 --log-every-s 0 --num-workers 2 --cpus-per-worker 1"
-).split()
+SMALL = """
+size-px = 64
+hidden-size = 32
+attention-size = 16
+min-count = 1
+max-length = 5
+batch-size = 4
+learning-rate = 0.01
+log-every-s = 0
+num-workers = 2
+cpus-per-worker = 1
+"""
 # Three batches an epoch, a checkpoint after each: 15 chances to be killed at.
-STAGES = "--epochs 3 --scst-epochs 2 --checkpoint-every 1".split()
+STAGES = ["--epochs", "3", "--scst-epochs", "2", "--checkpoint-every", "1"]
+ALL_STAGES = ["--epochs", "1", "--fine-tune-epochs", "1", "--scst-epochs", "1"]
 
 
-def arguments(images: str, annotations: str, output: str, run_dir: str) -> list[str]:
-    data = ["--images", images, "--annotations", annotations, "--val-annotations", annotations]
-    return ["train", *data, "--output", output, "--run-dir", run_dir, *SMALL]
+def arguments(directory: Path, data: str, output: str, run_dir: str) -> list[str]:
+    """Of a training on the files of `data`; its small settings go into `directory`."""
+    (directory / "small.toml").write_text(SMALL)
+    captions = f"{data}/captions.json"
+    return [
+        "train", "--config", str(directory / "small.toml"), "--images", f"{data}/images", "--annotations", captions,
+        "--val-annotations", captions, "--output", output, "--run-dir", run_dir,
+    ]  # fmt: skip
 
 
 def checkpoints_seen(run: Path, seen: set[str]) -> int:
@@ -39,10 +53,10 @@ def checkpoints_seen(run: Path, seen: set[str]) -> int:
 
 def test_killed_workers_and_a_killed_driver_change_nothing(tmp_path: Path, start: Callable[..., Command]) -> None:
     write_dataset(tmp_path)
-    annotations, runs = str(tmp_path / "captions.json"), tmp_path / "runs"
+    runs = tmp_path / "runs"
 
     def command(name: str) -> Command:
-        return start(*arguments(str(tmp_path / "images"), annotations, str(tmp_path / name), str(runs)), *STAGES)
+        return start(*arguments(tmp_path, str(tmp_path), str(tmp_path / name), str(runs)), *STAGES)
 
     code, _, err = command("undisturbed").finish()
     assert code == 0, err
@@ -76,11 +90,9 @@ def test_everything_may_be_on_s3(
     bucket = f"s3://{s3_server.make_bucket()}"
     for path in sorted(tmp_path.rglob("*.*")):
         open_store(bucket).write(str(path.relative_to(tmp_path)), path.read_bytes())
-    given = arguments(f"{bucket}/images", f"{bucket}/captions.json", f"{bucket}/models/tiny", f"{bucket}/runs")
-    caches = ["--cache-dir", str(tmp_path / "cache")]
-
-    stages = "--epochs 1 --fine-tune-epochs 1 --scst-epochs 1".split()
-    code, _, err = start(*given, *stages, *caches, env=s3_server.env()).finish()
+    given = arguments(tmp_path, bucket, f"{bucket}/models/tiny", f"{bucket}/runs")
+    given += [*ALL_STAGES, "--cache-dir", str(tmp_path / "cache")]
+    code, _, err = start(*given, env=s3_server.env()).finish()
     assert code == 0, err
     keys = {info.key for info in open_store(f"{bucket}/runs").list()}
     assert any(key.startswith("tiny/tensorboard/events.") for key in keys)
@@ -88,7 +100,7 @@ def test_everything_may_be_on_s3(
     assert any(key.startswith("features/") for key in keys)
     model_id = Bundle.load(f"{bucket}/models/tiny").model_id
 
-    code, _, err = start(*given, *stages, *caches, env=s3_server.env()).finish()
+    code, _, err = start(*given, env=s3_server.env()).finish()
     assert code == 0, err
     assert "encoding" not in err and "done in" not in err, "all of it was done"
     assert Bundle.load(f"{bucket}/models/tiny").model_id == model_id
