@@ -223,8 +223,8 @@ def test_resuming_says_where_and_the_end_has_nothing_left_to_do(tmp_path: Path) 
     straight = run(job, tmp_path / "straight")
     assert len(straight.checkpoints) == 4
     for number, line in (
-        (0, "resuming in epoch 1, after 1 batches of 2 (cross_entropy)"),
-        (1, "resuming after epoch 1 of 2 (cross_entropy)"),
+        (0, "resuming in epoch 1, after 1 batches of 2 (cross_entropy) with 1 worker"),
+        (1, "resuming after epoch 1 of 2 (cross_entropy) with 1 worker"),
     ):
         resumed = run(job, tmp_path / f"from-{number}", resume_from=straight.checkpoints[number])
         assert line in resumed.lines

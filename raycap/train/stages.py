@@ -113,7 +113,9 @@ class _Training:
             epoch, since_best = resumed["epoch"], resumed["since_best"]
             within = learner.step - epoch * learner.data.steps_per_epoch
             where = f"after epoch {epoch}" if within == 0 else f"in epoch {epoch + 1}, after {within} batches"
-            self.place.tell(f"resuming {where} of {stage.epochs} ({stage.kind})")
+            if self.place.rank == 0:
+                workers = f"{self.place.world_size} worker{'s' if self.place.world_size > 1 else ''}"
+                self.place.tell(f"resuming {where} of {stage.epochs} ({stage.kind}) with {workers}")
         elif self.best is None and self.config.init is not None:
             self._consider(self.network, validation, stage, 0)
         if self.monitor:
