@@ -127,14 +127,15 @@ def test_long_captions_are_cut() -> None:
     assert {len(tokens) for captions in captioned.captions for tokens in captions} == {4}
 
 
-def test_features_are_read_in_the_variant_that_the_seed_names() -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_features_are_read_in_the_variant_that_the_seed_names(early: bool) -> None:
     """The only number of image n, variant v is n + v / 2."""
     numbers_NV = np.arange(40)[:, None] + np.arange(2)[None, :] / 2
     features = Features([numbers_NV[:, :, None, None].astype(np.float16)], {})
     captioned = data(40)
     mirrored = []
     for epoch in range(10):
-        for part, inputs_BPC, readable_B in read_features(features, captioned.epoch(epoch)):
+        for part, inputs_BPC, readable_B in read_features(features, early, captioned.epoch(epoch)):
             assert readable_B.all()
             values = inputs_BPC.flatten()
             assert values.floor().tolist() == part.images_B.tolist()

@@ -164,7 +164,7 @@ class _Training:
         if frozen:
             train = self._features(job.train_images, job.train_store, flip=self.config.flip)
             val = self._features(job.val_images, job.val_store, flip=False)
-            failed, read = train.failed, partial(read_features, train)
+            failed, read = train.failed, partial(read_features, train, place.device.type == "cuda")
         else:
             read = place.read_pixels(job)
         data = CaptionData.encode(

@@ -31,6 +31,7 @@ from raycap.train.job import Job
 from raycap.train.on_ray import train
 
 EPOCHS = 2
+BATCH_SIZE = 64
 
 
 def plain_loop(config: TrainConfig, num_threads: int) -> float:
@@ -114,7 +115,7 @@ def main() -> None:
         def config(name: str, **settings: Any) -> TrainConfig:
             return TrainConfig(
                 annotations=str(few), images=options.images, val_annotations=str(little), attention_size=256,
-                epochs=EPOCHS, output=f"{directory}/{name}", run_dir=f"{directory}/runs", **settings,
+                epochs=EPOCHS, batch_size=BATCH_SIZE, output=f"{directory}/{name}", run_dir=f"{directory}/runs", **settings,
             )  # fmt: skip
 
         _features(Job.open(config("cache")))
