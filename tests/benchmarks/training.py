@@ -115,7 +115,8 @@ def main() -> None:
         def config(name: str, **settings: Any) -> TrainConfig:
             return TrainConfig(
                 annotations=str(few), images=options.images, val_annotations=str(little), attention_size=256,
-                epochs=EPOCHS, batch_size=BATCH_SIZE, output=f"{directory}/{name}", run_dir=f"{directory}/runs", **settings,
+                epochs=EPOCHS, batch_size=BATCH_SIZE, output=f"{directory}/{name}", run_dir=f"{directory}/runs",
+                **settings,
             )  # fmt: skip
 
         _features(Job.open(config("cache")))
