@@ -126,6 +126,7 @@ def test_what_is_shared_knows_nothing_of_the_jobs() -> None:
         "raycap.model",
         "raycap.evaluate",
         "raycap.readahead",
+        "raycap.html",
         "raycap.ensemble",
     )
     assert offences(inside(*shared), *ROOMS) == []

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 
-import jinja2
 import numpy as np
 
 import raycap
@@ -16,6 +12,7 @@ from raycap.evaluate.rows import ScoredImage
 from raycap.evaluate.scores import Scores
 from raycap.evaluate.table import TITLES
 from raycap.evaluate.tiles import Tile
+from raycap.html import page_template
 
 __all__ = ["render"]
 
@@ -32,14 +29,7 @@ def render(
     worst: Sequence[Tile],
 ) -> str:
     """The page. `facts`: what was scored, by the names under which the page shows it; the first is its title."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "csp_hash": lambda text: "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode(),
-        "x100": lambda value: f"{100 * value:.1f}",
-    }
-    template = environment.from_string((files("raycap.evaluate") / "report.html.j2").read_text(encoding="utf-8"))
+    template = page_template("raycap.evaluate", {"x100": lambda value: f"{100 * value:.1f}"})
     cider_d = np.array([100 * image.scores["cider_d"] for image in images])
     return template.render(
         title=next(iter(facts.values())),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image
 from raycap.errors import ObjectError
 from raycap.evaluate.overlay import END, attention_overlay, shrink
 from raycap.evaluate.rows import ScoredImage
+from raycap.html import jpeg_uri
 from raycap.model.vocabulary import tokenize
 from raycap.readahead import read_ahead
 from raycap.storage import Store
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Tile", "make_tiles"]
 
 _NUM_THREADS = 4
-_JPEG_QUALITY = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ def make_tiles(images: Sequence[ScoredImage], captioner: Captioner, store: Store
         for place, (index, pixels) in enumerate(good.items()):
             image, pixels_HWC = images[index], pixels.numpy()
             overlays = _overlays(image.caption, pixels_HWC, weights[place]) if weights is not None else ()
-            tiles[index] = Tile(image, _data_uri(pixels_HWC), overlays)
+            tiles[index] = Tile(image, jpeg_uri(Image.fromarray(pixels_HWC)), overlays)
     return tiles
 
 
@@ -56,12 +54,6 @@ def _overlays(caption: str, pixels_HWC: np.ndarray, weights_TRC: np.ndarray) -> 
     small_HWC = shrink(pixels_HWC)
     words = [*tokenize(caption), END]  # the words that the model was asked about
     return tuple(
-        (word, _data_uri(attention_overlay(small_HWC, weights_RC)))
+        (word, jpeg_uri(Image.fromarray(attention_overlay(small_HWC, weights_RC))))
         for word, weights_RC in zip(words, weights_TRC, strict=True)
     )
-
-
-def _data_uri(pixels_HWC: np.ndarray) -> str:
-    buffer = BytesIO()
-    Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,10 +17,8 @@ from raycap.errors import ConfigurationError
 from raycap.images import ImageLimits, decode_image
 from raycap.model.beam import Hypothesis
 from raycap.model.bundle import Bundle
-from raycap.model.config import DecodingConfig
+from raycap.model.config import DecodingConfig, Precision
 from raycap.storage import S3Options
-
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +159,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """The arithmetic that suits a device best."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return auto_dtype(device)
     if precision not in ("float32", "bfloat16", "float16"):
         raise ConfigurationError(f"precision must be auto, float32, bfloat16 or float16, got {precision!r}")
     if precision == "float16" and device.type == "cpu":

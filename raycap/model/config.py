@@ -41,6 +41,7 @@ class EncoderConfig:
 
 WeightsDtype = Literal["float32", "float16"]
 """What the weights of a bundle are stored as."""
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 DecoderKind = Literal["attention", "att2in", "show_tell"]
 
 

@@ -9,11 +9,10 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from raycap.errors import ConfigurationError
-from raycap.model.config import DecoderKind, DecodingConfig, WeightsDtype, require
+from raycap.model.config import DecoderKind, DecodingConfig, Precision, WeightsDtype, require
 from raycap.storage import S3Options, is_s3
 
 Resize = Literal["squash", "crop", "pad"]
-TrainPrecision = Literal["auto", "float32", "bfloat16", "float16"]
 Baseline = Literal["mean", "greedy"]
 StageKind = Literal["cross_entropy", "fine_tune", "self_critical"]
 FEATURE_CACHE = "features"
@@ -126,7 +125,7 @@ class TrainConfig:
     """Gradients with a larger norm are scaled down to it."""
     ema_decay: float = 0.999
     """The bundle holds an exponential moving average of the weights with this decay a batch; 0 turns it off."""
-    precision: TrainPrecision = "auto"
+    precision: Precision = "auto"
     """Of the arithmetic (weights stay float32). auto: bfloat16 on a GPU that has it, else float32."""
     seed: int = 0
     """Of the weights, the order of the images, dropout and samples."""
@@ -175,7 +174,7 @@ class TrainConfig:
         self._require_ranges()
         for name, allowed in (
             ("resize", Resize), ("decoder", DecoderKind), ("weights_dtype", WeightsDtype),
-            ("precision", TrainPrecision), ("scst_baseline", Baseline),
+            ("precision", Precision), ("scst_baseline", Baseline),
         ):  # fmt: skip
             value, values = getattr(self, name), get_args(allowed)
             require(value in values, f"{_flag(name)} must be one of {', '.join(values)}, got {value!r}")

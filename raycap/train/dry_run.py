@@ -68,7 +68,7 @@ def _unknown_words(job: Job) -> float:
     counts: Counter[bool] = Counter()
     for image in job.train_images:
         for caption in image.captions:
-            counts.update(id_ == UNKNOWN for id_ in job.start.vocabulary.encode(caption, max_length=10**6)[1:-1])
+            counts.update(id_ == UNKNOWN for id_ in job.start.vocabulary.encode(caption)[1:-1])
     return counts[True] / max(1, counts.total())
 
 
@@ -101,8 +101,10 @@ def _one_batch(job: Job, stage: Stage, pixels_BHWC: Tensor, readable_B: np.ndarr
         for part in parts:
             yield part, inputs[part.images_B], readable_B[part.images_B]
 
-    self_critical = SelfCritical(config, job.train_images, job.start.vocabulary)
-    learner = Learner(config, stage, network, data, read, self_critical if stage.kind == "self_critical" else None)
+    self_critical = (
+        SelfCritical(config, job.train_images, job.start.vocabulary) if stage.kind == "self_critical" else None
+    )
+    learner = Learner(config, stage, network, data, read, self_critical)
     seen: dict[str, float] = {}
     for epoch in range(2):
         started = time.monotonic()

@@ -92,8 +92,7 @@ def write_bundle(job: Job, directory: Path) -> dict[str, Any]:
     """
     config = job.config
     best = Best(**read_state(directory)["best"])
-    references = {image.image_id: list(image.captions) for image in job.val_images if image.image_id in best.captions}
-    scores = score_captions(references, best.captions)
+    scores = score_captions(job.val_references(best.captions), best.captions)
     metrics = {
         "split": last_part(config.val_annotations),
         "num_images": scores.num_images,

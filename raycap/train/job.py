@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +78,10 @@ class Job:
     def num_captions(self) -> int:
         """Of the training images."""
         return sum(len(image.captions) for image in self.train_images)
+
+    def val_references(self, captions: Container[int]) -> dict[int, list[str]]:
+        """The references of the validation images that were captioned, by image id."""
+        return {image.image_id: list(image.captions) for image in self.val_images if image.image_id in captions}
 
     @property
     def identity(self) -> dict[str, Any]:

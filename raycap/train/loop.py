@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from raycap.errors import ConfigurationError
+from raycap.model.captioner import auto_dtype
 from raycap.model.decoder import Decoder
 from raycap.model.encoder import Encoder
 from raycap.model.network import CaptionNetwork
@@ -267,8 +268,7 @@ def in_order_of_time(values_NT: Tensor, lengths_N: Tensor) -> tuple[Tensor, Tens
 def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Of the arithmetic of forward and backward."""
     if config.precision == "auto":
-        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if bfloat16 else torch.float32
+        return auto_dtype(device)
     dtype: torch.dtype = getattr(torch, config.precision)
     return dtype
 

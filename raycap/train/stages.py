@@ -71,7 +71,6 @@ class _Training:
         self.job, self.place, self.config = job, place, job.config
         self.state = self._read_state()
         self.best = Best(**self.state["best"]) if self.state and self.state["best"] else None
-        self.network = self._best_network()
         self.monitor = Monitor(job, place.tell) if place.rank == 0 else None
 
     def _best_network(self) -> CaptionNetwork:
@@ -242,9 +241,7 @@ class _Training:
             for row, hypotheses in zip(rows, found, strict=True):
                 captions[self.job.val_images[row].image_id] = self.job.start.vocabulary.decode(hypotheses[0].tokens)
         captions = self._gathered(captions)
-        references = {
-            image.image_id: list(image.captions) for image in self.job.val_images if image.image_id in captions
-        }
+        references = self.job.val_references(captions)
         scores = score_captions(references, captions, metrics=("bleu_4", "cider_d"), tokenizer="python").values
         improved = self.best is None or scores["cider_d"] > self.best.cider_d
         if improved:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.resources import files
 from typing import Any, Final
 
-import jinja2
 import numpy as np
 
 import raycap
 from raycap.bulk.report.digest import CONFIDENCE_STEPS, LONGEST_CAPTION, Digest, TopCounter, confidence
 from raycap.bulk.report.tiles import Tile
 from raycap.bulk.report.timeline import plot_rates
+from raycap.html import page_template
 
 _NUM_TOP_CAPTIONS: Final = 10
 _NUM_TOP_WORDS: Final = 24
@@ -56,20 +54,16 @@ def render(
     tiles: list[Tile],
 ) -> str:
     """The page. `summary` and `settings` are the run's summary.json and configuration, {} where there is none yet."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "bytes": _bytes_text,
         "count": lambda value: f"{value:,}",
-        "csp_hash": lambda text: "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode(),
         "clock": lambda value: value.strftime("%H:%M:%S"),
         "duration": _duration_text,
         "rate": lambda value: f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}",
         "share": _share_text,
         "time": _time_text,
     }
-    template = environment.from_string((files("raycap.bulk.report") / "report.html.j2").read_text(encoding="utf-8"))
+    template = page_template("raycap.bulk.report", filters)
     failures = sorted(digest.failures.values(), key=lambda each: (-each.count, each.code))
     views = [_tile_view(number, tile) for number, tile in enumerate(tiles)]
     return template.render(

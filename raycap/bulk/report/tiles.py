@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from typing import Any, Final
 
 import numpy as np
 from PIL import Image
 
 from raycap.errors import NotFoundError, ObjectNotFoundError, RaycapError, StorageError
+from raycap.html import jpeg_uri
 from raycap.images import ImageLimits, Preprocessing, decode_image
 from raycap.storage import S3Options, is_s3, open_store
 
 _THUMBNAIL: Final = Preprocessing(size_px=240, resize="pad")
-_JPEG_QUALITY: Final = 80
 _FETCH_THREADS: Final = 4
 """Few, because each may decode an image of `ImageLimits.max_pixels`."""
 
@@ -68,12 +66,10 @@ def _make_tile(row: dict[str, Any], *, s3: S3Options, limits: ImageLimits, unrea
         return Tile(row, note=str(error))
     except RaycapError as error:
         return Tile(row, note=str(error))
-    buffer = BytesIO()
-    thumbnail.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True, progressive=True)
     red, green, blue = np.asarray(thumbnail).mean(axis=(0, 1)).astype(int).tolist()
     return Tile(
         row,
-        thumbnail="data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        thumbnail=jpeg_uri(thumbnail, progressive=True),
         width=thumbnail.width,
         height=thumbnail.height,
         tint=f"#{red:02x}{green:02x}{blue:02x}",
