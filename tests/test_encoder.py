@@ -142,3 +142,32 @@ def test_wrong_settings_are_named(settings: dict[str, object], message: str) -> 
 def test_bfloat16_normalises_too() -> None:
     encoder = small_encoder().to(torch.bfloat16)
     assert encoder(torch.zeros(1, 8, 8, 3, dtype=torch.uint8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("efficientnet_lite0", ["conv_stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4", "blocks.5"]),
+        ("timm:resnet18", ["conv1", "layer1", "layer2", "layer3", "layer4"]),
+        ("torchvision:resnet18", ["0", "4", "5", "6", "7"]),
+        ("torchvision:efficientnet_b0", [str(stage) for stage in range(9)]),
+    ],
+)
+def test_frozen_stages_are_the_first_ones(name: str, stages: list[str]) -> None:
+    encoder, _ = named_encoder(name, pretrained=False)
+    everything = {parameter for parameter, _ in encoder.named_parameters()}
+    for num_stages in range(len(stages)):
+        encoder.requires_grad_(True)
+        encoder.freeze(num_stages)
+        learning = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+        if num_stages == 0:
+            assert learning == everything
+            continue
+        prefixes = [f"backbone.{'' if 'torchvision' in name else 'model.'}{stage}." for stage in stages]
+        frozen = everything - learning
+        for index, prefix in enumerate(prefixes):
+            of_stage = {parameter for parameter in everything if parameter.startswith(prefix)}
+            assert of_stage
+            assert of_stage <= (frozen if index <= num_stages else learning), (num_stages, prefix)
+    with pytest.raises(ConfigurationError, match=f"encoder {name} has . stages; 20 of them cannot be frozen"):
+        encoder.freeze(20)

@@ -26,7 +26,10 @@ AT_LEAST_1 = (
     "batch_size", "accumulate", "hidden_size", "attention_size", "min_count", "max_length", "num_workers",
     "scst_samples", "keep_checkpoints", "patience", "cpus_per_worker",
 )  # fmt: skip
-AT_LEAST_0 = ("epochs", "fine_tune_epochs", "scst_epochs", "warmup_steps", "weight_decay", "seed", "checkpoint_every")
+AT_LEAST_0 = (
+    "epochs", "fine_tune_epochs", "scst_epochs", "warmup_steps", "weight_decay", "seed", "checkpoint_every",
+    "frozen_stages",
+)  # fmt: skip
 POSITIVE = ("learning_rate", "fine_tune_learning_rate", "scst_learning_rate", "scst_temperature", "max_grad_norm")
 
 

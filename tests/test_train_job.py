@@ -116,3 +116,8 @@ def test_the_identity_follows_what_the_weights_depend_on(directory: Path) -> Non
 def test_what_is_not_there_is_named(setting: str, directory: Path) -> None:
     with pytest.raises((ConfigurationError, NotFoundError), match="nowhere"):
         job(directory, **{setting: str(directory / "nowhere")})
+
+
+def test_more_frozen_stages_than_there_are_is_found_before_workers_start(directory: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"efficientnet_lite0 has . stages; 9 of them cannot be frozen"):
+        job(directory, frozen_stages=9)

@@ -251,6 +251,20 @@ def test_the_encoder_learns_in_its_stage_alone(stage: StageKind) -> None:
         assert moved == learns, "the statistics of batch normalisation never move"
 
 
+def test_frozen_stages_stay_as_they_are() -> None:
+    config = tiny_config(frozen_stages=1, weight_decay=0.1, encoder_learning_rate=1e-3, **ALL_STAGES)
+    network = tiny_network(config)
+    stages = [nn.Sequential(nn.Conv2d(6, 6, 1)) for _ in range(3)]
+    network.encoder.backbone = nn.Sequential(network.encoder.backbone, *stages)
+    learner = tiny_learner(config, "fine_tune", network=network)
+    before = copied(network.encoder)
+    trained(learner)
+    for encoder in (network.encoder, learner.averaged_network.encoder):
+        after = encoder.state_dict()
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {f"backbone.{stage}.0.{name}" for stage in (2, 3) for name in ("weight", "bias")}
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_averaged_weights_equal_the_naive_average(decay: float) -> None:
     learner = tiny_learner(tiny_config(ema_decay=decay, epochs=8))

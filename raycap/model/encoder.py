@@ -57,6 +57,23 @@ class Encoder(nn.Module):
         grid_BCHW: Tensor = self.backbone(images_BCHW)
         return grid_BCHW.flatten(2).transpose(1, 2)
 
+    def freeze(self, num_stages: int) -> None:
+        """The stem and the first `num_stages` stages after it need no gradients, so none are computed below them.
+
+        Stages are the parts between two changes of resolution or width, as the architecture's authors count them:
+        EfficientNets have 7, ResNets 4. With 0 nothing is frozen. Raises ConfigurationError if there are fewer.
+        """
+        if num_stages == 0:
+            return
+        stem, *stages = _stages(self.backbone)
+        if num_stages > len(stages):
+            raise ConfigurationError(
+                f"encoder {self.config.name} has {len(stages)} stages; {num_stages} of them cannot be frozen"
+            )
+        for parameters in (stem, *stages[:num_stages]):
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
 
 class _TimmGrid(nn.Module):
     """timm's `forward_features` as a module."""
@@ -68,6 +85,22 @@ class _TimmGrid(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         grid_BCHW: Tensor = self.model.forward_features(images_BCHW)
         return grid_BCHW
+
+
+def _stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of the stem and of each stage after it."""
+    if isinstance(backbone, _TimmGrid):
+        from timm.models import group_parameters
+
+        named = dict(backbone.model.named_parameters())
+        groups: dict[int, list[str]] = group_parameters(backbone.model, backbone.model.group_matcher(coarse=True))
+        return [[named[name] for name in names] for _, names in sorted(groups.items())]
+    stages: list[list[nn.Parameter]] = [[]]
+    for child in backbone.children():
+        if any(True for _ in child.children()):
+            stages.append([])
+        stages[-1].extend(child.parameters())
+    return [parameters for parameters in stages if parameters]
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:

@@ -70,6 +70,9 @@ class TrainConfig:
     """Train on mirrored images too."""
     crop: float = 0.9
     """While the CNN learns, train on random crops with this share of the image's side; 1: on whole images."""
+    frozen_stages: int = 0
+    """While the CNN learns, its stem and this many stages after it stay as they are, which saves their backward pass.
+    EfficientNets have 7 stages, ResNets 4."""
     decoder: DecoderKind = "attention"
     """attention: two-layer top-down attention LSTM. att2in: one LSTM that the attended feature enters. show_tell: the
     original Show and Tell."""
@@ -217,7 +220,7 @@ class TrainConfig:
         at_least |= dict.fromkeys(("max_length", "num_workers", "scst_samples", "keep_checkpoints"), 1)
         at_least |= dict.fromkeys(("patience", "cpus_per_worker"), 1)
         at_least |= dict.fromkeys(("epochs", "fine_tune_epochs", "scst_epochs", "warmup_steps", "weight_decay"), 0)
-        at_least |= dict.fromkeys(("seed", "checkpoint_every"), 0) | {"max_failures": -1}
+        at_least |= dict.fromkeys(("seed", "checkpoint_every", "frozen_stages"), 0) | {"max_failures": -1}
         for name, least in at_least.items():
             value = getattr(self, name)
             require(value is None or value >= least, f"{_flag(name)} must be at least {least}, got {value}")

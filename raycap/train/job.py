@@ -57,9 +57,11 @@ class Job:
         train_store.check_readable()
         val_store.check_readable()
         open_store(config.output, config.s3).check_writable()
+        start = start_bundle(config, train_images)
+        start.single.encoder.freeze(config.frozen_stages)  # the stage does it; here it is to find out whether it can
         job = cls(
             config=config,
-            start=start_bundle(config, train_images),
+            start=start,
             train_images=train_images,
             val_images=val_images,
             train_store=train_store,

@@ -70,12 +70,15 @@ class Learner:
         self.self_critical = self_critical
         self.scorer = Scorer(network.encoder if stage.kind == "fine_tune" else None, network.decoder)
         self.scorer.requires_grad_(True)
+        if self.scorer.encoder is not None:
+            self.scorer.encoder.freeze(config.frozen_stages)
         self.device = next(network.decoder.parameters()).device
         # gloo and NCCL meet here; a single worker needs no wrapping.
         self.wrapped = DistributedDataParallel(self.scorer) if data.world_size > 1 else self.scorer
         groups = [{"params": list(network.decoder.parameters()), "peak": stage.learning_rate}]
         if self.scorer.encoder is not None:
-            groups.append({"params": list(network.encoder.parameters()), "peak": stage.encoder_learning_rate})
+            learning = [parameter for parameter in network.encoder.parameters() if parameter.requires_grad]
+            groups.append({"params": learning, "peak": stage.encoder_learning_rate})
         self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, weight_decay=config.weight_decay)
         self.averaged = AveragedModel(self.scorer, avg_fn=moving_average(config.ema_decay))
         self.dtype = training_dtype(config, self.device)
