@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raycap.errors import ConfigurationError
-from raycap.model.beam import Hypothesis, beam_search
+from raycap.model.beam import STEPS_BETWEEN_LOOKS, Hypothesis, beam_search
 from raycap.model.config import DecoderKind, DecodingConfig
 from raycap.model.decoder import Decoder
 from raycap.model.vocabulary import BOS, EOS, PAD, UNKNOWN
@@ -40,6 +40,19 @@ def test_equals_the_naive_search(kind: DecoderKind, beam_size: int) -> None:
         found = beam_search(decoder, features_BPC, config)
         for image, hypotheses in enumerate(found):
             assert_same(hypotheses, naive_beam_search(decoder, features_BPC[image : image + 1], config))
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_looking_less_often_changes_nothing(beam_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that are done stay in the batch for some steps, as on GPUs."""
+    for max_length in range(1, 10):
+        config = DecodingConfig(beam_size=beam_size, max_length=max_length)
+        decoder, features_BPC = small_decoder(seed=max_length), small_features(20, seed=max_length)
+        monkeypatch.setitem(STEPS_BETWEEN_LOOKS, "cpu", 1)
+        often = beam_search(decoder, features_BPC, config)
+        monkeypatch.setitem(STEPS_BETWEEN_LOOKS, "cpu", 4)
+        for one, other in zip(beam_search(decoder, features_BPC, config), often, strict=True):
+            assert_same(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)

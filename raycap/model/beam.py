@@ -5,9 +5,11 @@ Shapes: B images still searched, K beams, V words, T tokens so far, R = B * K ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raycap.errors import ConfigurationError
@@ -16,6 +18,8 @@ from raycap.model.decoder import Memory, State, Step
 from raycap.model.vocabulary import BOS, EOS, PAD, UNKNOWN
 
 NEVER = float("-inf")
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 4}
+"""By device: how often it is looked whether images are done. A GPU's look waits for all that was begun before it."""
 Features = TypeVar("Features", contravariant=True)
 
 
@@ -58,68 +62,100 @@ def beam_search(decoder: StepDecoder[Features], features: Features, config: Deco
 
     Raises ConfigurationError if the decoder's scores are not numbers.
     """
-    beams = config.beam_size
+    beams, max_length = config.beam_size, config.max_length
     memory, state = decoder.remember(features)
     num_images, device = len(state[0]), state[0].device
-    state = tuple(tensor.repeat_interleave(beams, 0) for tensor in state)
-    tokens_BKT = torch.full((num_images, beams, 1), BOS, device=device)
-    # All beams of an image start equal, so only the first is continued in the first step: that keeps captions distinct.
-    log_probs_BK = torch.full((num_images, beams), NEVER, device=device, dtype=torch.float32)
-    log_probs_BK[:, 0] = 0.0
-    finished = [_Finished(beams) for _ in range(num_images)]
+    found: list[list[Hypothesis]] = [[] for _ in range(num_images)]
     image_B = list(range(num_images))
+    finished = _Finished.none(num_images, config, device)
+    # All beams of an image would start equal, so in the first step there is one.
+    tokens_BKT = torch.full((num_images, 1, 1), BOS, device=device)
+    log_probs_BK = torch.zeros(num_images, 1, device=device)
+    steps_between_looks = STEPS_BETWEEN_LOOKS.get(device.type, 1)
 
-    for length in range(1, config.max_length + 2):  # tokens after this step, <eos> counted
+    for length in range(1, max_length + 2):  # tokens after this step, <eos> counted
         step = decoder.step(tokens_BKT[:, :, -1].reshape(-1), state, memory)
-        scores_BKV = _candidates(step.logits_RV, log_probs_BK, tokens_BKT, config, last=length > config.max_length)
+        scores_BKV = _candidates(step.logits_RV, log_probs_BK, tokens_BKT, config, last=length > max_length)
         # 2K candidates hold K that go on, however many end.
         top_B2K, index_B2K = scores_BKV.flatten(1).topk(min(2 * beams, scores_BKV[0].numel()), -1)
         origin_B2K, word_B2K = index_B2K // scores_BKV.shape[-1], index_B2K % scores_BKV.shape[-1]
         ends_B2K = word_B2K == EOS
-        _collect(finished, image_B, tokens_BKT, origin_B2K, top_B2K, ends_B2K, length, config)
+        finished = finished.with_ends(tokens_BKT, origin_B2K, top_B2K, ends_B2K, length, config)
 
-        log_probs_BK, rank_BK = top_B2K.masked_fill(ends_B2K, NEVER).topk(beams, -1)
+        log_probs_BK, rank_BK = top_B2K.masked_fill(ends_B2K, NEVER).topk(min(beams, top_B2K.shape[-1]), -1)
         origin_BK = origin_B2K.gather(1, rank_BK)
         word_BK = word_B2K.gather(1, rank_BK)
-        best_B = (log_probs_BK[:, 0] / length**config.length_penalty).tolist()
-        open_ = [b for b, image in enumerate(image_B) if best_B[b] > finished[image].bar]
-        if not open_:
-            break
-        # Done images leave the batch: nothing is spent on them.
-        open_B = torch.tensor(open_, device=device)
-        image_B = [image_B[b] for b in open_]
-        if len(open_) < len(log_probs_BK):
-            origin_BK, word_BK, log_probs_BK = (x.index_select(0, open_B) for x in (origin_BK, word_BK, log_probs_BK))
-            memory = _select(memory, open_B)
-        row_R = (open_B[:, None] * beams + origin_BK).flatten()
+        open_B = log_probs_BK[:, 0] / length**config.length_penalty > finished.score_BK[:, -1]
+        # What is done stays as it is: nothing more can end there.
+        log_probs_BK = log_probs_BK.masked_fill(~open_B[:, None], NEVER)
+        going_on_B = torch.arange(len(open_B), device=device)
+        if length % steps_between_looks == 0:
+            # Done images leave the batch: nothing more is spent on them.
+            is_open = open_B.tolist()
+            if not all(is_open):
+                finished.collect(
+                    [None if open_ else found[image] for open_, image in zip(is_open, image_B, strict=True)]
+                )
+                going_on_B = open_B.nonzero().squeeze(1)
+                image_B = [image for open_, image in zip(is_open, image_B, strict=True) if open_]
+                origin_BK, word_BK, log_probs_BK = _select((origin_BK, word_BK, log_probs_BK), going_on_B)
+                memory, finished = _select(memory, going_on_B), _Finished(*_select(finished, going_on_B))
+                if not image_B:
+                    break
+        row_R = (going_on_B[:, None] * tokens_BKT.shape[1] + origin_BK).flatten()
         state = _select(step.state, row_R)
-        history_BKT = tokens_BKT.flatten(0, 1).index_select(0, row_R).view(len(open_), beams, -1)
+        history_BKT = tokens_BKT.flatten(0, 1).index_select(0, row_R).view(len(image_B), -1, length)
         tokens_BKT = torch.cat([history_BKT, word_BK[:, :, None]], -1)
 
-    if not all(pool.hypotheses for pool in finished):
+    finished.collect([found[image] for image in image_B])
+    if not all(found):
         raise ConfigurationError(
             "the decoder's scores are not numbers (NaN): its weights are damaged, or the precision is too low; "
             "try --precision float32"
         )
-    return [pool.hypotheses for pool in finished]
+    return found
 
 
-class _Finished:
-    """The K best finished hypotheses of one image, best first."""
+class _Finished(NamedTuple):
+    """The K best finished captions of each image, best first; a score of -inf where there is none."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.hypotheses: list[Hypothesis] = []
+    score_BK: Tensor
+    log_prob_BK: Tensor
+    words_BKT: Tensor
+    """Padded to the longest that is allowed."""
 
-    def add(self, hypothesis: Hypothesis) -> None:
-        self.hypotheses.append(hypothesis)
-        self.hypotheses.sort(key=lambda h: -h.score)
-        del self.hypotheses[self.size :]
+    @classmethod
+    def none(cls, num_images: int, config: DecodingConfig, device: torch.device) -> _Finished:
+        never_BK = torch.full((num_images, config.beam_size), NEVER, device=device)
+        return cls(never_BK, never_BK, torch.full((*never_BK.shape, config.max_length), PAD, device=device))
 
-    @property
-    def bar(self) -> float:
-        """The score that an unfinished beam must beat to be worth continuing."""
-        return self.hypotheses[-1].score if len(self.hypotheses) == self.size else NEVER
+    def with_ends(
+        self,
+        tokens_BKT: Tensor,
+        origin_B2K: Tensor,
+        top_B2K: Tensor,
+        ends_B2K: Tensor,
+        length: int,
+        config: DecodingConfig,
+    ) -> _Finished:
+        """Also the beams that end among the K best candidates of their image."""
+        best_BK = slice(None), slice(config.beam_size)
+        log_prob_BK = top_B2K[best_BK].masked_fill(~ends_B2K[best_BK], NEVER)
+        ended_BKT = _take(tokens_BKT[:, :, 1:], origin_B2K[best_BK])
+        log_prob_B2K = torch.cat([self.log_prob_BK, log_prob_BK], 1)
+        score_B2K = torch.cat([self.score_BK, log_prob_BK / length**config.length_penalty], 1)
+        words_B2KT = torch.cat([self.words_BKT, F.pad(ended_BKT, (0, config.max_length - length + 1), value=PAD)], 1)
+        score_BK, rank_BK = score_B2K.topk(config.beam_size, -1)
+        return _Finished(score_BK, log_prob_B2K.gather(1, rank_BK), _take(words_B2KT, rank_BK))
+
+    def collect(self, into: Sequence[list[Hypothesis] | None]) -> None:
+        """Append each image's captions to its list, where it has one."""
+        for hypotheses, scores, log_probs, captions in zip(into, *(each.tolist() for each in self), strict=True):
+            if hypotheses is not None:
+                for score, log_prob, words in zip(scores, log_probs, captions, strict=True):
+                    if score > NEVER:
+                        end = words.index(PAD) if words[-1] == PAD else len(words)
+                        hypotheses.append(Hypothesis(words[:end], log_prob, score))
 
 
 def _candidates(
@@ -151,23 +187,10 @@ def _block_repeats(scores_BKV: Tensor, tokens_BKT: Tensor, n: int) -> None:
     scores_BKV.scatter_add_(-1, windows_BKWn[..., -1], penalty_BKW)
 
 
-def _collect(
-    finished: list[_Finished],
-    image_B: list[int],
-    tokens_BKT: Tensor,
-    origin_B2K: Tensor,
-    top_B2K: Tensor,
-    ends_B2K: Tensor,
-    length: int,
-    config: DecodingConfig,
-) -> None:
-    """Move the beams that end among the K best candidates of their image to its finished hypotheses."""
-    best_BK = slice(None), slice(config.beam_size)
-    for b, rank in (ends_B2K[best_BK] & (top_B2K[best_BK] > NEVER)).nonzero().tolist():
-        log_prob = top_B2K[b, rank].item()
-        words = tokens_BKT[b, origin_B2K[b, rank], 1:].tolist()
-        finished[image_B[b]].add(Hypothesis(words, log_prob, log_prob / length**config.length_penalty))
+def _take(rows_BKT: Tensor, index_BK: Tensor) -> Tensor:
+    """Rows of each image."""
+    return rows_BKT.gather(1, index_BK[:, :, None].expand(-1, -1, rows_BKT.shape[-1]))
 
 
-def _select(tensors: Memory, index: Tensor) -> Memory:
+def _select(tensors: Sequence[Tensor], index: Tensor) -> Memory:
     return tuple(tensor.index_select(0, index) for tensor in tensors)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -24,6 +26,9 @@ from raycap.model.vocabulary import SPECIAL_TOKENS
 
 Memory = tuple[Tensor, ...]  # what the decoder keeps of each image; [B, ...] each
 NARROW_AT = 0.85  # each narrowing costs a pass over the memory in backward
+CACHED_ELEMENTS = 2**18
+"""Attention without gradients is computed in parts of this many numbers, which stay in a CPU core's cache: all at once
+they would be written to memory and read back, at three times the cost."""
 State = tuple[Tensor, ...]  # what the decoder carries from step to step; [R, H] each
 
 
@@ -76,6 +81,14 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
         """The part of the first LSTM's gates [..., S] that depends on the input tokens alone, [R] or [R, T]."""
+
+    def of_words(self, layer: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """What `layer` makes of the embeddings of tokens [...], as [..., S]."""
+        if self.training or tokens.device.type != "cpu":
+            return layer(self.dropout(self.embedding(tokens)))
+        words, place = tokens.unique(return_inverse=True)  # beams read the same few words
+        of_words: Tensor = layer(self.embedding(words))
+        return of_words[place]
 
     @abstractmethod
     def recur(self, gates_RS: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
@@ -142,7 +155,7 @@ class ShowTellDecoder(Decoder):
         return (), self.lstm(self.dropout(self.image(features_BPC.mean(1))))
 
     def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
-        return F.linear(self.dropout(self.embedding(tokens)), self.lstm.weight_ih, self.lstm.bias_ih)
+        return self.of_words(partial(F.linear, weight=self.lstm.weight_ih, bias=self.lstm.bias_ih), tokens)
 
     def recur(self, gates_RS: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         hidden_RH, cell_RH = state
@@ -176,10 +189,18 @@ class AttendingDecoder(Decoder):
         """Additive attention (Anderson et al. 2018, equation 3): the attended value [R, H] and the weights [R, P]."""
         num_images, num_cells, _ = values_BPH.shape
         query_BG1A = self.query(query_RH).view(num_images, -1, 1, self.config.attention_size)
-        energy_BGP = self.energy(torch.tanh(keys_BPA[:, None] + query_BG1A)).squeeze(-1)
-        weights_BGP = torch.softmax(energy_BGP, -1)
+        weights_BGP = torch.softmax(self._energies(query_BG1A, keys_BPA), -1)
         context_BGH = weights_BGP @ values_BPH
         return context_BGH.reshape(-1, values_BPH.shape[-1]), weights_BGP.reshape(-1, num_cells)
+
+    def _energies(self, query_BG1A: Tensor, keys_BPA: Tensor) -> Tensor:
+        """How well each query suits each cell [B, G, P]."""
+        if torch.is_grad_enabled() or keys_BPA.device.type != "cpu":
+            energy_BGP1: Tensor = self.energy(torch.tanh(keys_BPA[:, None] + query_BG1A))
+            return energy_BGP1.squeeze(-1)
+        num_images = max(1, CACHED_ELEMENTS // (query_BG1A.shape[1] * keys_BPA[0].numel()))
+        parts = zip(query_BG1A.split(num_images), keys_BPA.split(num_images), strict=True)
+        return torch.cat([self.energy(torch.add(keys[:, None], query).tanh_()).squeeze(-1) for query, keys in parts])
 
 
 class AttentionDecoder(AttendingDecoder):
@@ -211,7 +232,7 @@ class AttentionDecoder(AttendingDecoder):
 
     def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
         *_, image_gates_B4H = memory
-        word_gates = self.attention_lstm_word(self.dropout(self.embedding(tokens)))
+        word_gates = self.of_words(self.attention_lstm_word, tokens)
         num_images, size = image_gates_B4H.shape
         grouped = word_gates.view(num_images, -1, size) + image_gates_B4H[:, None]  # [B, G or T, 4H]
         gates: Tensor = grouped.view_as(word_gates)
@@ -252,8 +273,7 @@ class Att2inDecoder(AttendingDecoder):
         return (values_BPH, keys_BPA), (zeros_BH, zeros_BH)
 
     def input_gates(self, tokens: Tensor, memory: Memory) -> Tensor:
-        gates: Tensor = self.lstm_word(self.dropout(self.embedding(tokens)))
-        return gates
+        return self.of_words(self.lstm_word, tokens)
 
     def recur(self, gates_RS: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor | None]:
         hidden_RH, cell_RH = state
