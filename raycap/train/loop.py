@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raycap.errors import ConfigurationError
 from raycap.model.captioner import auto_dtype
@@ -80,7 +80,7 @@ class Learner:
             learning = [parameter for parameter in network.encoder.parameters() if parameter.requires_grad]
             groups.append({"params": learning, "peak": stage.encoder_learning_rate})
         self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, weight_decay=config.weight_decay)
-        self.averaged = AveragedModel(self.scorer, avg_fn=moving_average(config.ema_decay))
+        self.averaged = AveragedModel(self.scorer, multi_avg_fn=moving_average(config.ema_decay))
         self.dtype = training_dtype(config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step = 0
@@ -285,12 +285,12 @@ def learning_rate_share(step: int, warmup_steps: int, total_steps: int) -> float
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """An exponential moving average that forgets the random start faster: its decay climbs to `decay` as
     (1 + n) / (10 + n), n being the number of weights averaged so far."""
 
-    def average(averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int) -> None:
         n = int(num_averaged)
-        return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
 
     return average

@@ -194,10 +194,13 @@ def _read_pixels(
             # Actors, since Ray starts a new process for most tasks that come now and then.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, int((limits.cpu or 0) / DECODE_CPUS))),
         )
-        # By itself the stream would be driven by a thread of this process, whose hold on Python's lock made a training
-        # on two cores four times slower; that of a split is driven by an actor of its own.
+        # A split is driven by an actor of its own, not by a thread that would share this process's lock with training.
         .streaming_split(1)[0]
-        .iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=PREFETCHED_PARTS)
+        .iter_batches(
+            batch_size=None,  # type: ignore[arg-type]  # whole blocks, as its docstring says
+            batch_format="numpy",
+            prefetch_batches=PREFETCHED_PARTS,
+        )
     )
     failed: dict[str, str] = {}
     for part, block in zip(parts, blocks, strict=True):

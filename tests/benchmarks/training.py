@@ -44,7 +44,7 @@ def plain_loop(config: TrainConfig, num_threads: int) -> float:
         DecoderConfig(vocabulary_size=len(words), feature_size=1280, attention_size=config.attention_size)
     )
     averaged = AveragedModel(decoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=config.learning_rate, fused=True)
     captions = [[torch.tensor(words.encode(c, max_length=20)) for c in image.captions] for image in job.train_images]
     rate = 0.0
     for _ in range(EPOCHS):
