@@ -9,6 +9,7 @@ from importlib.resources import files
 from io import BytesIO
 
 import jinja2
+from markupsafe import Markup
 from PIL import Image
 
 __all__ = ["jpeg_uri", "page_template"]
@@ -17,12 +18,13 @@ _JPEG_QUALITY = 80
 
 
 def page_template(package: str, filters: dict[str, Callable[..., str]]) -> jinja2.Template:
-    """The `report.html.j2` of a package, with these filters and `csp_hash`, by which a page's policy names its own
-    styles and scripts."""
+    """The `report.html.j2` of a package, with these filters, `csp_hash`, by which a page's policy names its own styles
+    and scripts, and `common_style`, with which its style begins."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"csp_hash": _csp_hash} | filters
+    environment.globals["common_style"] = Markup((files("raycap") / "page.css").read_text(encoding="utf-8"))
     return environment.from_string((files(package) / "report.html.j2").read_text(encoding="utf-8"))
 
 
