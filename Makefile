@@ -34,7 +34,7 @@ clean:
 
 .venv/installed: .venv/python pyproject.toml constraints.txt
 	@echo "installing raycap into .venv: a few minutes, about 6 GB with PyTorch"
-	$(INSTALL) .
+	$(INSTALL) ".[onnx]"
 	touch $@
 
 .venv/installed-test: .venv/python pyproject.toml constraints.txt

@@ -12,18 +12,32 @@ if TYPE_CHECKING:
     from raycap.model.bundle import Bundle
     from raycap.model.captioner import Alternative, Caption, Captioner
     from raycap.model.config import DecodingConfig
+    from raycap.serve.client import AnswerError, AsyncClient, Client
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Alternative": "raycap.model.captioner",
+    "AnswerError": "raycap.serve.client",
+    "AsyncClient": "raycap.serve.client",
     "Bundle": "raycap.model.bundle",
     "Caption": "raycap.model.captioner",
     "Captioner": "raycap.model.captioner",
+    "Client": "raycap.serve.client",
     "DecodingConfig": "raycap.model.config",
 }
 
-__all__ = ["Alternative", "Bundle", "Caption", "Captioner", "DecodingConfig", "__version__"]
+__all__ = [
+    "Alternative",
+    "AnswerError",
+    "AsyncClient",
+    "Bundle",
+    "Caption",
+    "Captioner",
+    "Client",
+    "DecodingConfig",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -23,10 +23,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import raycap
-from raycap.bulk.config import BenchmarkConfig, CaptionConfig, ExportConfig, PlanConfig, ReportConfig, StatusConfig
+from raycap.benchmark.config import BenchmarkConfig
+from raycap.bulk.config import CaptionConfig, ExportConfig, PlanConfig, ReportConfig, StatusConfig
 from raycap.ensemble.config import EnsembleConfig
 from raycap.errors import ConfigurationError, RaycapError
 from raycap.evaluate.config import EvaluateConfig
+from raycap.serve.config import ServeConfig
 from raycap.train.config import TrainConfig
 
 EXIT_OK, EXIT_FAILED_ROWS, EXIT_USAGE, EXIT_OTHER, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 70, 130, 143
@@ -36,6 +38,7 @@ Command = (
     | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
     | Annotated[StatusConfig, tyro.conf.subcommand("status")]
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
+    | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
     | Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
     | Annotated[EnsembleConfig, tyro.conf.subcommand("ensemble")]
@@ -196,13 +199,13 @@ def _dispatch(config: object) -> int:
 
             export(config)
         case TrainConfig():
-            try:
+            with _extra("train"):
                 from raycap.train.on_ray import train
-            except ImportError as error:
-                raise ConfigurationError(
-                    "training needs packages that are not installed: pip install 'raycap[train]'"
-                ) from error
             train(config)
+        case ServeConfig():
+            with _extra("serve"):
+                from raycap.serve.on_ray import serve
+            return serve(config)
         case EvaluateConfig():
             from raycap.evaluate.run import evaluate
 
@@ -217,12 +220,23 @@ def _dispatch(config: object) -> int:
             location = write_report(config.output, s3=config.s3, max_images=config.max_images, seed=config.seed)
             sys.stdout.write(f"{location}\n")
         case BenchmarkConfig():
-            from raycap.bulk.benchmark import benchmark
+            from raycap.benchmark.run import benchmark
 
             benchmark(config)
         case _:
             raise AssertionError(config)
     return EXIT_OK
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Imports of packages that an extra of ours brings."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigurationError(
+            f"raycap {name} needs packages that are not installed ({error.name}): pip install 'raycap[{name}]'"
+        ) from error
 
 
 @contextmanager

@@ -10,6 +10,8 @@ The tree::
     │   ├── NotFoundError           no such bucket, prefix, directory or file
     │   ├── EndpointError           the S3 endpoint cannot be reached or does not speak S3
     │   └── ConditionalWritesUnsupportedError   the S3 server cannot write on a condition
+    ├── ProblemError                (raycap.serve) a request to the endpoint that gets a problem as its answer
+    ├── AnswerError                 (raycap.serve.client) what a client got instead of captions
     └── ObjectError                 one object failed: it becomes a row with `code`, never a dead job
         ├── FetchError              its bytes could not be had
         │   ├── ObjectNotFoundError         code "not_found"

@@ -1,9 +1,9 @@
 """Every import points the way the design says, and the README names every file.
 
-    errors <- storage, images <- coco, model, evaluate <- train, bulk, serve <- cli <- jobs
+    errors <- storage, images <- coco, model, evaluate <- train, bulk, serve <- benchmark <- cli <- jobs
 
-`train`, `bulk` and `serve` know nothing of each other. Ray is known in `on_ray.py` files alone, S3 clients in
-`storage`.
+`train`, `bulk` and `serve` know nothing of each other; `benchmark` measures what they do, and is known to `cli` alone.
+Ray is known in `on_ray.py` files alone, S3 clients in `storage`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ TORCH_FREE = [
     "raycap.bulk.listing",
     "raycap.bulk.export",
     "raycap.bulk.status",
-    "raycap.train.config",
+    "raycap.benchmark.config",
+    "raycap.serve.api",
+    "raycap.serve.client",
+    "raycap.serve.config",
     "raycap.evaluate.config",
     "raycap.evaluate.run",
     "raycap.cli",
@@ -148,6 +151,10 @@ def test_nothing_imports_the_entry_points() -> None:
     assert offences(importers, "raycap.cli", "jobs") == []
 
 
+def test_nothing_but_the_command_line_imports_the_benchmark() -> None:
+    assert offences(outside("raycap.benchmark", "raycap.cli"), "raycap.benchmark") == []
+
+
 def test_ray_is_known_in_its_doors_alone() -> None:
     importers = [name for name in outside("jobs") if not name.endswith(".on_ray")]
     assert offences(importers, "ray") == []
@@ -155,7 +162,7 @@ def test_ray_is_known_in_its_doors_alone() -> None:
 
 def test_doors_to_ray_are_opened_by_the_command_line_and_each_other_alone() -> None:
     doors = [name for name in MODULES if name.endswith(".on_ray")]
-    importers = outside("jobs", "raycap.cli", "raycap.bulk.run", *doors)
+    importers = outside("jobs", "raycap.cli", "raycap.bulk.run", "raycap.benchmark.bulk", *doors)
     assert offences(importers, *doors) == []
 
 

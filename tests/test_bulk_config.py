@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raycap.bulk.config import BenchmarkConfig, CaptionConfig, ExportConfig, PlanConfig, ReportConfig, Selection
+from raycap.bulk.config import CaptionConfig, ExportConfig, PlanConfig, ReportConfig, Selection
 from raycap.errors import ConfigurationError
 from raycap.images import ImageLimits
 
@@ -46,10 +46,6 @@ def test_bad_values_are_refused_by_option(name: str, value: Any, message: str) -
 def test_other_commands_check_too() -> None:
     with pytest.raises(ConfigurationError, match="--max-images must not be negative"):
         ReportConfig(output="a", max_images=-1)
-    with pytest.raises(ConfigurationError, match="--num-images must be at least 1"):
-        BenchmarkConfig(source="a", num_images=0)
-    with pytest.raises(ConfigurationError, match="--batch-size must be at least 1"):
-        BenchmarkConfig(source="a", batch_size=0)
 
 
 @pytest.mark.parametrize(

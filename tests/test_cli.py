@@ -17,7 +17,7 @@ from raycap import cli
 from raycap.bulk.config import CaptionConfig
 from raycap.errors import CredentialsError
 
-COMMANDS = ["caption", "train", "evaluate", "report", "benchmark"]
+COMMANDS = ["caption", "serve", "train", "evaluate", "report", "benchmark"]
 ROOT = Path(__file__).parents[1]
 
 
@@ -143,7 +143,7 @@ def test_defaults_of_the_command_are_those_of_the_config() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "{caption, plan, status, export, train, evaluate, ensemble, report, benchmark}"),
+        ([], "{caption, plan, status, export, serve, train, evaluate, ensemble, report, benchmark}"),
         (["bogus"], "Unrecognized options: bogus; Available subcommands: caption, plan"),
         (["caption"], "Missing from raycap caption: SOURCE"),
         (["caption", "only-one"], "Missing from raycap caption: OUTPUT"),

@@ -82,7 +82,16 @@ def caption_chunks(job: Job, manifest: Manifest, todo: np.ndarray) -> None:
     bundle_ref, manifest_ref = ray.put(bundle), ray.put(manifest)
     # The plan's word on GPUs holds: Ray hides no GPU from an actor that asked for none.
     device = config.device if resources.gpus_per_actor else "cpu"
-    with mailbox(lambda message: job.progress.add(message[0], errors=message[1], at_s=message[2])) as box:
+    engines: set[str] = set()
+
+    def receive(message: tuple[int, dict[str, int], float, str]) -> None:
+        done, errors, at_s, engine = message
+        if engine not in engines:
+            engines.add(engine)
+            log.info("engine of the encoder: %s", engine)
+        job.progress.add(done, errors=errors, at_s=at_s)
+
+    with mailbox(receive) as box:
         stream = (
             ray.data.read_datasource(
                 chunks,
@@ -206,7 +215,9 @@ class _CaptionActor:
         self.metrics = _Metrics()
         self.error: RaycapError | None = None
         try:
-            self.captioner = Captioner(loaded, device=device, precision=config.precision, decoding=decoding)
+            self.captioner = Captioner(
+                loaded, device=device, precision=config.precision, engine=config.engine, decoding=decoding
+            )
         except RaycapError as error:  # Ray keeps the cause of what a call raises, but not of what a constructor does
             self.error = error
 
@@ -218,7 +229,7 @@ class _CaptionActor:
 
         def on_batch(done: int) -> None:
             nonlocal errors
-            self.box.post.remote((done, errors, time.time()))
+            self.box.post.remote((done, errors, time.time(), self.captioner.engine))
             errors = {}
 
         rows = caption_rows(rows, self.captioner, batch_size=self.batch_size, on_batch=on_batch)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from raycap.errors import ConfigurationError
+from raycap.model.config import Engine
 from raycap.storage import S3Options
 
 
@@ -41,6 +42,8 @@ class EvaluateConfig:
     """Images captioned at a time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    engine: Engine = "auto"
+    """What runs the encoder; the captions are the same. auto: onnx on a CPU if it is installed, else torch."""
     s3: Annotated[S3Options, tyro.conf.OmitArgPrefixes] = field(default_factory=S3Options)
 
     def __post_init__(self) -> None:

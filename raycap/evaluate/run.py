@@ -87,6 +87,7 @@ def _open(config: EvaluateConfig) -> tuple[Captioner, Store]:
         config.model,
         s3=config.s3,
         device=config.device,
+        engine=config.engine,
         beam_size=config.beam_size,
         length_penalty=config.length_penalty,
     )

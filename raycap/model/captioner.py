@@ -1,6 +1,6 @@
 """Bytes in, captions out: the one door to the model that the bulk job, the endpoint and the evaluation share.
 
-Knows nothing of Ray. Device and precision are chosen once, when it is made.
+Knows nothing of Ray. Device, precision and engine are chosen once, when it is made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from raycap.errors import ConfigurationError
 from raycap.images import ImageLimits, decode_image
 from raycap.model.beam import Hypothesis
 from raycap.model.bundle import Bundle
-from raycap.model.config import DecodingConfig, Precision
+from raycap.model.config import DecodingConfig, Engine, Precision
+from raycap.model.engine import use_engine
 from raycap.storage import S3Options
 
 
@@ -50,6 +51,7 @@ class Captioner:
         *,
         device: str = "auto",
         precision: Precision = "auto",
+        engine: Engine = "auto",
         decoding: DecodingConfig | None = None,
         limits: ImageLimits | None = None,
     ) -> None:
@@ -57,10 +59,12 @@ class Captioner:
         Args:
             device: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
             precision: of the encoder and decoder arithmetic. auto: float32 on a CPU, bfloat16 on a GPU that has it.
+            engine: what runs the encoder. auto: ONNX Runtime in float32 on a CPU, if it is installed, else PyTorch.
+                The captions are the same. onnx runs as many threads as PyTorch has now.
             decoding: how to search; by default as the bundle says.
             limits: of the files that `prepare` accepts.
 
-        Raises ConfigurationError if the device or precision is not to be had.
+        Raises ConfigurationError if the device, precision or engine is not to be had.
         """
         self.device = _device(device)
         self.dtype = _dtype(precision, self.device)
@@ -69,8 +73,10 @@ class Captioner:
         self.limits = limits or ImageLimits()
         self.model_id = bundle.model_id
         self._vocabulary = bundle.vocabulary
-        # A copy: the bundle stays as it is, whatever device and precision this captioner takes.
-        self._network = copy.deepcopy(bundle.network).to(self.device, self.dtype).eval()
+        # A copy: the bundle stays as it is, whatever device, precision and engine this captioner takes.
+        self._network = copy.deepcopy(bundle.network)
+        size_px = self.preprocessing.size_px
+        self.engine = use_engine(self._network, engine, size_px=size_px, device=self.device, dtype=self.dtype)
 
     @classmethod
     def load(
@@ -80,6 +86,7 @@ class Captioner:
         s3: S3Options | None = None,
         device: str = "auto",
         precision: Precision = "auto",
+        engine: Engine = "auto",
         **overrides: int | float | bool | None,
     ) -> Captioner:
         """From a bundle's location, or the shipped bundle.
@@ -87,7 +94,8 @@ class Captioner:
         `overrides` replace fields of its `DecodingConfig`; None keeps them.
         """
         bundle = Bundle.load(location, s3=s3)
-        return cls(bundle, device=device, precision=precision, decoding=bundle.decoding.updated(**overrides))
+        decoding = bundle.decoding.updated(**overrides)
+        return cls(bundle, device=device, precision=precision, engine=engine, decoding=decoding)
 
     def prepare(self, data: bytes) -> Tensor:
         """An image file's bytes as RGB pixels: uint8 [size, size, 3]. Raises ImageError, and nothing else."""

@@ -42,6 +42,8 @@ class EncoderConfig:
 WeightsDtype = Literal["float32", "float16"]
 """What the weights of a bundle are stored as."""
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Engine = Literal["auto", "torch", "compile", "onnx"]
+"""What runs the encoder. auto: onnx on a CPU if it is installed, else torch."""
 DecoderKind = Literal["attention", "att2in", "show_tell"]
 
 

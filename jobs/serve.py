@@ -1,0 +1,12 @@
+"""The endpoint as a Ray job: `ray job submit --working-dir . -- python jobs/serve.py [options]`.
+
+The options are those of `raycap serve`; the job joins the cluster that it was submitted to, and answers until it is
+stopped.
+"""
+
+import sys
+
+from raycap.cli import main
+
+if __name__ == "__main__":
+    main(["serve", *sys.argv[1:]])

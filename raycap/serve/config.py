@@ -1,0 +1,127 @@
+"""The settings of the endpoint. Plain data: no torch and no Ray here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from raycap.images import ImageLimits
+from raycap.model.config import Engine, Precision, require
+from raycap.storage import S3Options
+
+DEFAULT_MODEL = "default"
+_NAMED = re.compile(r"([A-Za-z0-9._-]{1,64})=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Caption images online, over HTTP. Ctrl-C or SIGTERM answers what has come in, and ends."""
+
+    model: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]BUNDLE ...")] = ()
+    """Bundles, local or s3://, each under a name by which requests choose it; the first is what they get otherwise.
+    A single one may go without a name. By default the one that ships with raycap."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every one of this machine's."""
+    port: int = 8000
+    """TCP port."""
+
+    num_replicas: int = 1
+    """Processes that caption, for each model."""
+    max_replicas: int | None = None
+    """Let their number grow up to this while requests are waiting and the cluster, which may itself grow, has room."""
+    gpus_per_replica: float | None = None
+    """GPUs of each replica, fractions allowed; by default 1 if the cluster has GPUs, else 0."""
+    cpus_per_replica: int | None = None
+    """Threads of each replica that has no GPU; by default those of the largest node, shared among the replicas."""
+    num_ingress: int = 1
+    """Processes that take requests and decode images. The limits of queue and rate are each one's own, and so is what
+    /metrics tells."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to caption. auto: on GPUs if the cluster has any."""
+    precision: Precision = "auto"
+    """Of the model's arithmetic. auto: float32 on a CPU, bfloat16 on a GPU that has it."""
+    engine: Engine = "auto"
+    """What runs the encoder. auto: ONNX Runtime in float32 on a CPU, if it is installed, else PyTorch."""
+    batch_size: int = 16
+    """Most images that are captioned at a time."""
+    batch_wait_ms: float = 2.0
+    """How long an idle model waits for a batch to fill, in milliseconds. A busy one never waits: what came meanwhile is
+    its next batch."""
+
+    max_queue: int = 128
+    """Images taken in and not yet answered; requests beyond that get 503 at once."""
+    max_images: int = 16
+    """Most images of one request."""
+    max_body_mb: float = 20.0
+    """Largest body of a request, in MB; larger ones get 413 before they are read."""
+    max_pixels: int = 50_000_000
+    """Images of more pixels are not decoded. Decoding takes 4 bytes of memory a pixel."""
+    deadline_s: float = 30.0
+    """A request that takes longer gets 503, and its images are captioned no more; seconds."""
+    keys_file: str | None = None
+    """File of API keys, a line of NAME KEY for each; it is read again when it changes. By default no key is asked
+    for."""
+    rate_limit: float | None = None
+    """Requests a second of each API key, with bursts of up to 2 seconds' worth; beyond that they get 429."""
+    allow_urls: tuple[str, ...] = ()
+    """Hosts that images may be fetched from over https: a name, `*.example.org` for all below it, or `*`; by default
+    requests with addresses are refused."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call from a browser, such as https://example.org; by default none."""
+    ray_address: str | None = None
+    """Ray cluster to run on; by default RAY_ADDRESS, else Ray starts on this machine."""
+    s3: Annotated[S3Options, tyro.conf.OmitArgPrefixes] = field(default_factory=S3Options)
+
+    def __post_init__(self) -> None:
+        for name in ("cpus_per_replica", "num_replicas", "num_ingress", "batch_size", "max_images", "max_pixels"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{_flag(name)} must be at least 1, got {value}")
+        for name in ("max_body_mb", "deadline_s", "rate_limit"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{_flag(name)} must be above 0, got {value}")
+        require(1 <= self.port <= 65535, f"--port must be from 1 to 65535, got {self.port}")
+        require(self.batch_wait_ms >= 0, f"--batch-wait-ms must not be negative, got {self.batch_wait_ms:g}")
+        require(
+            self.max_queue >= max(self.max_images, self.batch_size),
+            f"--max-queue must hold a request of --max-images and a batch, got {self.max_queue}",
+        )
+        require(
+            self.max_replicas is None or self.max_replicas >= self.num_replicas,
+            f"--max-replicas must be at least --num-replicas, got {self.max_replicas}",
+        )
+        gpus = self.gpus_per_replica or 0
+        require(gpus >= 0, f"--gpus-per-replica must not be negative, got {gpus:g}")
+        require(gpus <= 1 or gpus == int(gpus), f"--gpus-per-replica above 1 must be a whole number, got {gpus:g}")
+        require(
+            self.rate_limit is None or self.keys_file is not None,
+            "--rate-limit is for each API key: give --keys-file too",
+        )
+        names = [_split(text)[0] for text in self.model]
+        require(len(set(names)) == len(names), f"--model: expected each name once, got {', '.join(names)}")
+
+    @property
+    def bundles(self) -> dict[str, str | None]:
+        """Location of each model by its name, the default one first; None is the bundle that ships with raycap."""
+        return dict(map(_split, self.model)) or {DEFAULT_MODEL: None}
+
+    @property
+    def limits(self) -> ImageLimits:
+        """What one image may cost."""
+        return ImageLimits(max_bytes=self.max_body_bytes, max_pixels=self.max_pixels)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """`max_body_mb` in bytes."""
+        return int(self.max_body_mb * 1e6)
+
+
+def _split(text: str) -> tuple[str, str]:
+    named = _NAMED.fullmatch(text)
+    return (named[1], named[2]) if named else (DEFAULT_MODEL, text)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

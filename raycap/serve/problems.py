@@ -1,0 +1,87 @@
+"""Errors as answers: application/problem+json (RFC 9457), with a `code` for programs and a `detail` for people.
+
+Nothing of the server's files, code or addresses is ever in them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import Response
+
+from raycap.errors import ImageError, RaycapError
+
+PROBLEM_JSON = "application/problem+json"
+RETRY_AFTER_S = 1.0
+IMAGE_STATUS = {"too_large": 413, "not_an_image": 415, "unsupported_format": 415}
+"""HTTP status of a request whose only image failed; 422 for other codes."""
+
+
+class ProblemError(RaycapError):
+    """A request that cannot be answered, and the answer that it gets instead."""
+
+    def __init__(
+        self, status: int, code: str, detail: str, *, headers: Mapping[str, str] | None = None, **more: Any
+    ) -> None:
+        """`more` are further members of the answer."""
+        super().__init__(status, code, detail)
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.headers = dict(headers or {})
+        self.more = more
+
+    def response(self, request_id: str | None = None) -> Response:
+        """The answer."""
+        body = {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "code": self.code,
+            "detail": self.detail,
+            **({"request_id": request_id} if request_id else {}),
+            **self.more,
+            "error": self.detail,  # where clients of the Open Inference Protocol look
+        }
+        return Response(json.dumps(body), self.status, self.headers, PROBLEM_JSON)
+
+
+def invalid_fields(errors: Sequence[Any]) -> ProblemError:
+    """Of what pydantic says is wrong. It repeats nothing that was sent."""
+    wrong = [{"field": ".".join(map(str, each["loc"])), "detail": each["msg"]} for each in errors[:20]]
+    summary = "; ".join(": ".join(filter(None, each.values())) for each in wrong[:3])
+    return ProblemError(422, "invalid_request", summary, errors=wrong)
+
+
+def retry_later(status: int, code: str, detail: str, *, after_s: float = RETRY_AFTER_S) -> ProblemError:
+    """A problem that may pass: its Retry-After says when to ask again, in whole seconds."""
+    return ProblemError(status, code, detail, headers={"Retry-After": str(max(1, math.ceil(after_s)))})
+
+
+def overloaded() -> ProblemError:
+    """There is no room for the request now."""
+    return retry_later(503, "overloaded", "the server has as many images as it can answer in time; try again")
+
+
+def draining() -> ProblemError:
+    """The server ends; behind a load balancer, another one answers."""
+    return retry_later(503, "draining", "this server is about to end; try again")
+
+
+def unavailable() -> ProblemError:
+    """The model's process has gone; another takes its place."""
+    return retry_later(503, "unavailable", "the model is not there at the moment; try again")
+
+
+def internal() -> ProblemError:
+    """An error of ours."""
+    return ProblemError(500, "internal", "the server failed; its log says why")
+
+
+def image_problem(error: ImageError) -> ProblemError:
+    """Of a request whose only image cannot be captioned."""
+    return ProblemError(IMAGE_STATUS.get(error.code, 422), error.code, str(error))

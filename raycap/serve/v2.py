@@ -1,0 +1,186 @@
+"""The Open Inference Protocol, version 2, as the clients of KServe and Triton speak it over HTTP.
+
+A model has one input, `image`, BYTES [N] or [N, 1]: encoded image files (in JSON, as base64). Its outputs, of the same
+shape, are `caption`, BYTES, and `log_prob`, FP32. Parameters of a request are the options of /v1/caption. Tensors may
+follow the JSON as bytes (Triton's binary tensor data extension).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+import raycap
+from raycap.errors import ImageError
+from raycap.serve.body import checked, decode_base64
+from raycap.serve.captions import Answer, Captions
+from raycap.serve.health import Readiness
+from raycap.serve.problems import ProblemError, image_problem, unavailable
+from raycap.serve.schemas import Options
+
+INPUT = "image"
+OUTPUTS = {"caption": "BYTES", "log_prob": "FP32"}
+JSON_LENGTH = "Inference-Header-Content-Length"
+
+
+class InputTensor(BaseModel):
+    """A tensor of a request; without data, its bytes follow the JSON."""
+
+    name: Literal["image"]
+    shape: list[int] = Field(min_length=1, max_length=2)
+    datatype: Literal["BYTES"]
+    parameters: dict[str, Any] = {}
+    data: list[Any] | None = None
+
+
+class RequestedOutput(BaseModel):
+    """A tensor to answer with."""
+
+    name: Literal["caption", "log_prob"]
+    parameters: dict[str, Any] = {}
+
+
+class InferRequest(BaseModel):
+    """What is asked of a model."""
+
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[RequestedOutput] = []
+
+
+def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
+    """The routes under /v2."""
+    routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
+
+    async def check_ready(model: str) -> None:
+        captions.room.check_open()
+        if not await readiness[model].is_ready():
+            raise unavailable()
+
+    @routes.get("/health/live")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @routes.get("/health/ready")
+    async def ready() -> dict[str, bool]:
+        for model in captions.models:
+            await check_ready(model)
+        return {"ready": True}
+
+    @routes.get("")
+    async def server() -> dict[str, Any]:
+        return {"name": "raycap", "version": raycap.__version__, "extensions": ["binary_tensor_data"]}
+
+    @routes.get("/models/{model}")
+    async def metadata(model: str) -> dict[str, Any]:
+        info = await captions.info(model, again=True)
+        return {
+            "name": model,
+            "versions": ["1"],
+            "platform": "raycap",
+            "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
+            "outputs": [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in OUTPUTS.items()],
+            "parameters": {"model_id": info.model_id},
+        }
+
+    @routes.get("/models/{model}/ready")
+    async def model_ready(model: str) -> dict[str, Any]:
+        await captions.info(model)  # of a model that is not there, 404
+        await check_ready(model)
+        return {"name": model, "ready": True}
+
+    @routes.post("/models/{model}/infer")
+    async def infer(model: str, request: Request) -> Response:
+        asked, images = _read(await request.body(), request.headers.get(JSON_LENGTH))
+        given = {name: value for name, value in asked.parameters.items() if name in Options.model_fields}
+        answer = await captions.caption(images, checked(Options, given | {"model": model}))
+        for each in answer.results:
+            if isinstance(each, ImageError):
+                raise image_problem(each)  # the protocol has no place for one image's error
+        return _write(model, asked, answer)
+
+    return routes
+
+
+def _read(body: bytes, json_length: str | None) -> tuple[InferRequest, list[bytes]]:
+    """The request and its images. Raises ProblemError for what is not of the protocol."""
+    length = len(body)
+    if json_length is not None:
+        if not json_length.isdigit() or int(json_length) > length:
+            raise ProblemError(400, "invalid_request", f"expected {JSON_LENGTH} to be of the body's first part")
+        length = int(json_length)
+    try:
+        asked = checked(InferRequest, json.loads(body[:length]))
+    except (ValueError, RecursionError) as error:
+        raise ProblemError(400, "invalid_json", f"the body, up to {JSON_LENGTH}, is not valid JSON") from error
+    (tensor,) = asked.inputs
+    if tensor.data is None:
+        images = list(_elements(body[length:]))
+    else:
+        images = [decode_base64(text) for text in _texts(tensor.data)]
+    if tensor.shape[1:] not in ([], [1]) or math.prod(tensor.shape) != len(images) or not images:
+        raise ProblemError(
+            400,
+            "invalid_tensor",
+            f"expected {INPUT} of shape [N] or [N, 1], got {tensor.shape}, {len(images)} elements",
+        )
+    return asked, images
+
+
+def _elements(data: bytes) -> Iterator[bytes]:
+    """Of a BYTES tensor: each is its length in 4 bytes, little-endian, and then itself."""
+    place = 0
+    while place < len(data):
+        end = place + 4
+        if end <= len(data):
+            end += struct.unpack_from("<I", data, place)[0]
+        if end > len(data) or end < place + 4:
+            raise ProblemError(400, "invalid_tensor", "the bytes after the JSON end in the middle of an element")
+        yield data[place + 4 : end]
+        place = end
+
+
+def _texts(data: list[Any]) -> Iterator[str]:
+    """The elements of a tensor [N] or [N, 1] in JSON."""
+    for each in data:
+        element = each[0] if isinstance(each, list) and len(each) == 1 else each
+        if not isinstance(element, str):
+            raise ProblemError(400, "invalid_tensor", "expected each element of data to be a text: a file in base64")
+        yield element
+
+
+def _write(model: str, asked: InferRequest, answer: Answer) -> Response:
+    texts, log_probs = zip(*(each.captions[0] for each in answer.done), strict=True)
+    values: dict[str, list[Any]] = {"caption": list(texts), "log_prob": list(log_probs)}
+    all_binary = bool(asked.parameters.get("binary_data_output"))
+    wanted = asked.outputs or [RequestedOutput(name=name) for name in values]  # type: ignore[arg-type]
+    outputs: list[dict[str, Any]] = []
+    tail = b""
+    for output in wanted:
+        tensor = {"name": output.name, "datatype": OUTPUTS[output.name], "shape": asked.inputs[0].shape}
+        if output.parameters.get("binary_data", all_binary):
+            data = _binary(values[output.name])
+            tail += data
+            outputs.append({**tensor, "parameters": {"binary_data_size": len(data)}})
+        else:
+            outputs.append({**tensor, "data": values[output.name]})
+    parts = {"model_name": model, "model_version": "1", "parameters": {"model_id": answer.model_id}, "outputs": outputs}
+    head = json.dumps({"id": asked.id, **parts} if asked.id else parts).encode()
+    if not tail:
+        return Response(head, media_type="application/json")
+    return Response(head + tail, media_type="application/octet-stream", headers={JSON_LENGTH: str(len(head))})
+
+
+def _binary(values: list[Any]) -> bytes:
+    if isinstance(values[0], str):
+        return b"".join(struct.pack("<I", len(data)) + data for data in map(str.encode, values))
+    return np.array(values, "<f4").tobytes()

@@ -1,0 +1,243 @@
+"""The endpoint on real Ray Serve: `raycap serve`, asked over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+
+from raycap import cli
+from raycap.errors import ConfigurationError
+from raycap.model.bundle import shipped_bundle
+from raycap.model.captioner import Caption, Captioner
+from raycap.serve.client import AnswerError, AsyncClient, Client
+from raycap.serve.on_ray import build_app
+from raycap.serve.schemas import Captioned, Options
+from tests.commands import Command, check_one_line, starting_commands, wait_until
+from tests.serving import JPEG, SAMPLES, picture
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+KEY = "secret-of-ana"
+BATCH_SIZE, MAX_QUEUE = 4, 24
+PHOTOS = sorted(SAMPLES.glob("*.jpg"))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def start_endpoint(start: Callable[..., Command], *options: str) -> tuple[Command, str]:
+    """Start `raycap serve`; give it, when it answers, and its address."""
+    port = free_port()
+    command = start("serve", "--port", str(port), *options)
+    address = f"http://127.0.0.1:{port}"
+
+    def is_ready() -> bool:
+        try:
+            return httpx.get(f"{address}/v2/health/ready", timeout=30).is_success
+        except httpx.TransportError:
+            return False
+
+    wait_until(lambda: is_ready() or command.has_ended(), "the endpoint", every_s=0.2)
+    assert not command.has_ended(), command.finish()
+    return command, address
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> Iterator[str]:
+    """The address of an endpoint with the shipped model, a tiny one, and a key."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"ana {KEY}\n")
+    with starting_commands() as start:
+        _, address = start_endpoint(
+            start,
+            *("--model", f"shipped={shipped_bundle()}", f"tiny={tiny_bundle}"),
+            *("--keys-file", str(keys), "--max-queue", str(MAX_QUEUE), "--batch-size", str(BATCH_SIZE)),
+            *("--max-images", str(MAX_QUEUE), "--max-body-mb", "2", "--cpus-per-replica", "1", "--deadline-s", "300"),
+        )
+        yield address
+
+
+@pytest.fixture
+def client(endpoint: str) -> Iterator[Client]:
+    with Client(endpoint, api_key=KEY) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[Caption]:
+    """What a captioner says of the sample photos."""
+    captioner = Captioner.load(device="cpu")
+    return captioner.caption([captioner.prepare(path.read_bytes()) for path in PHOTOS])
+
+
+def test_says_what_a_captioner_says(client: Client, wanted: list[Caption]) -> None:
+    answer = client.caption(PHOTOS, Options(attention=True))
+    assert answer.model == "shipped"
+    for result, caption in zip(answer.results, wanted, strict=True):
+        assert isinstance(result, Captioned)
+        assert result.caption == caption.text
+        assert [each.caption for each in result.alternatives] == [each.text for each in caption.alternatives]
+        assert result.log_prob == pytest.approx(caption.log_prob, abs=1e-3)
+        assert result.attention is not None
+        assert result.attention.words == caption.text.split()
+
+
+def test_says_the_same_when_asked_by_many_and_batches_them(endpoint: str, wanted: list[Caption]) -> None:
+    async def main() -> list[str]:
+        async with AsyncClient(endpoint, api_key=KEY) as client:
+            answers = await asyncio.gather(*(client.caption(path) for path in PHOTOS))
+        return [answer.results[0].caption for answer in answers if isinstance(answer.results[0], Captioned)]
+
+    before = batches(endpoint)
+    assert asyncio.run(main()) == [caption.text for caption in wanted]
+    num_images, sum_of_sizes = (after - earlier for after, earlier in zip(batches(endpoint), before, strict=True))
+    assert num_images == len(PHOTOS)
+    assert num_images < sum_of_sizes <= BATCH_SIZE * num_images
+
+
+def batches(endpoint: str) -> tuple[float, float]:
+    """Images captioned, and the sum over them of their batches' sizes."""
+    text = httpx.get(f"{endpoint}/metrics", headers={"X-API-Key": KEY}, timeout=60).text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    count, total = (lines.get(f'raycap_batch_size_{name}{{model="shipped"}}', "0") for name in ("count", "sum"))
+    return float(count), float(total)
+
+
+def test_models_are_chosen_by_name(client: Client, tiny_bundle: str) -> None:
+    captioner = Captioner.load(tiny_bundle, device="cpu")
+    (caption,) = captioner.caption([captioner.prepare(PHOTOS[0].read_bytes())])
+    answer = client.caption(PHOTOS[0], Options(model="tiny"))
+    assert (answer.model, answer.model_id) == ("tiny", captioner.model_id)
+    assert [each.caption for each in answer.results if isinstance(each, Captioned)] == [caption.text]
+    with pytest.raises(AnswerError) as error:
+        client.caption(PHOTOS[0], Options(model="none"))
+    assert (error.value.status, error.value.code) == (404, "unknown_model")
+
+
+def test_refuses_what_it_must(endpoint: str, client: Client) -> None:
+    with pytest.raises(AnswerError) as error, Client(endpoint, api_key="wrong") as stranger:
+        stranger.caption(PHOTOS[0])
+    assert error.value.status == 401
+    with pytest.raises(AnswerError) as error:
+        client.caption(bytes(3_000_000))
+    assert (error.value.status, error.value.code) == (413, "body_too_large")
+    with pytest.raises(AnswerError) as error:
+        client.caption(b"no picture")
+    assert (error.value.status, error.value.code) == (415, "not_an_image")
+    answer = httpx.post(f"{endpoint}/v1/caption", headers={"X-Request-ID": "abc-1"}, timeout=60)
+    assert answer.headers.get_list("x-request-id") == ["abc-1"]
+    assert answer.json()["request_id"] == "abc-1"
+
+
+def test_beyond_its_queue_refuses_at_once_and_answers_again_afterwards(endpoint: str, client: Client) -> None:
+    async def main() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=endpoint, headers=JPEG | {"X-API-Key": KEY}, timeout=300) as asking:
+            photo = PHOTOS[0].read_bytes()
+            return await asyncio.gather(
+                *(asking.post("/v1/caption", content=photo, params={"beam_size": 16}) for _ in range(4 * MAX_QUEUE))
+            )
+
+    answers = asyncio.run(main())
+    accepted = [answer for answer in answers if answer.status_code == 200]
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert len(accepted) + len(refused) == len(answers)
+    assert len(accepted) >= MAX_QUEUE
+    assert refused
+    assert {answer.json()["code"] for answer in refused} == {"overloaded"}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    slowest_refusal = max(answer.elapsed for answer in refused)
+    assert slowest_refusal < max(answer.elapsed for answer in accepted)
+    assert client.caption(PHOTOS[0]).results[0].status == "ok"
+
+
+def test_triton_clients_work_unchanged(endpoint: str, wanted: list[Caption]) -> None:
+    triton = pytest.importorskip("tritonclient.http")
+    headers = {"X-API-Key": KEY}
+    photos = np.array([[path.read_bytes()] for path in PHOTOS[:3]], dtype=object)
+    with closing(triton.InferenceServerClient(endpoint.removeprefix("http://"), network_timeout=300)) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("shipped", headers=headers)
+        assert client.get_server_metadata(headers=headers)["name"] == "raycap"
+        metadata = client.get_model_metadata("shipped", headers=headers)
+        assert [tensor["name"] for tensor in metadata["outputs"]] == ["caption", "log_prob"]
+        image = triton.InferInput("image", list(photos.shape), "BYTES")
+        image.set_data_from_numpy(photos)
+        found = client.infer("shipped", [image], headers=headers, request_id="7")
+        assert [[text.decode()] for text in found.as_numpy("caption").flat] == [[each.text] for each in wanted[:3]]
+        assert found.as_numpy("caption").shape == photos.shape
+        np.testing.assert_allclose(
+            found.as_numpy("log_prob").flat, [each.log_prob for each in wanted[:3]], rtol=0, atol=1e-3
+        )
+        assert found.get_response()["id"] == "7"
+        outputs = [triton.InferRequestedOutput("caption", binary_data=False)]
+        found = client.infer("shipped", [image], outputs=outputs, headers=headers, parameters={"beam_size": 1})
+        assert len(found.as_numpy("caption")) == 3
+        image.set_data_from_numpy(np.array([[b"no picture"]] * 3, dtype=object))
+        with pytest.raises(triton.InferenceServerException, match="expected JPEG"):
+            client.infer("shipped", [image], headers=headers)
+
+
+def test_sigterm_answers_what_came_in_and_ends_all(start: Callable[..., Command]) -> None:
+    num_requests, num_images = 8, 16  # work enough to see what happens meanwhile
+    settings = ("--batch-size", "1", "--cpus-per-replica", "1", "--deadline-s", "300")
+    command, address = start_endpoint(start, *settings)
+    images = [("image", picture(number)) for number in range(num_images)]
+
+    def ask(_: int) -> httpx.Response:
+        return httpx.post(f"{address}/v1/caption?beam_size=16", files=images, timeout=300)
+
+    def num_come() -> float:
+        lines = httpx.get(f"{address}/metrics", timeout=60).text.splitlines()
+        found = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+        answered = found.get('raycap_requests_total{route="/v1/caption",status="200"}', 0)
+        return answered + found["raycap_queue"] / num_images
+
+    with ThreadPoolExecutor(num_requests) as threads:
+        pending = [threads.submit(ask, number) for number in range(num_requests)]
+        wait_until(lambda: num_come() == num_requests, "all requests", every_s=0.1)
+        command.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{address}/v2/health/ready", timeout=60).status_code == 503, "its word")
+        late = httpx.post(f"{address}/v1/caption", content=picture(), headers=JPEG, timeout=60)
+        assert (late.status_code, late.json()["code"]) == (503, "draining")
+        answers = [each.result() for each in pending]
+    assert {answer.status_code for answer in answers} == {200}
+    assert all(len(answer.json()["results"]) == num_images for answer in answers)
+    code, _, err = command.finish()
+    assert code == cli.EXIT_OK, err
+    wait_until(lambda: not command.others(), "the end of all processes")
+
+
+def test_a_port_that_is_taken_and_a_bundle_that_is_none_are_told_in_a_line(
+    start: Callable[..., Command], tmp_path: Path, tiny_bundle: str
+) -> None:
+    code, _, err = start("serve", "--model", str(tmp_path)).finish()
+    assert code == cli.EXIT_USAGE
+    check_one_line(err, "not a model bundle")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, _, err = start("serve", "--model", tiny_bundle, "--port", str(taken.getsockname()[1])).finish()
+    assert code == cli.EXIT_USAGE
+    assert err.splitlines()[-1].startswith("raycap: error: the endpoint did not start: ")
+
+
+def test_config_files_of_serve_give_the_same_settings(local_ray: None, tiny_bundle: str) -> None:
+    app = build_app({"model": [f"tiny={tiny_bundle}"], "num_replicas": 1, "s3": {"region": "eu-west-1"}})
+    assert app is not None
+    with pytest.raises(ConfigurationError, match="num_replica is no setting"):
+        build_app({"num_replica": 2})
+    with pytest.raises(ConfigurationError, match="batch_size"):
+        build_app({"batch_size": "many"})
+    with pytest.raises(ConfigurationError, match="--batch-size must be at least 1"):
+        build_app({"batch_size": 0})

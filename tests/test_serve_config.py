@@ -1,0 +1,78 @@
+"""The endpoint's settings, and what its processes get of a cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raycap.errors import ConfigurationError
+from raycap.serve.config import DEFAULT_MODEL, ServeConfig
+from raycap.serve.resources import check_room, plan_resources
+
+CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"port": 0}, "--port must be from 1"),
+        ({"num_replicas": 0}, "--num-replicas must be at least 1"),
+        ({"num_replicas": 3, "max_replicas": 2}, "--max-replicas must be at least --num-replicas"),
+        ({"num_ingress": 0}, "--num-ingress"),
+        ({"gpus_per_replica": 1.5}, "must be a whole number"),
+        ({"gpus_per_replica": -1}, "must not be negative"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"batch_wait_ms": -1}, "--batch-wait-ms"),
+        ({"max_queue": 8}, "--max-queue must hold"),
+        ({"deadline_s": 0}, "--deadline-s must be above 0"),
+        ({"max_body_mb": 0}, "--max-body-mb must be above 0"),
+        ({"rate_limit": 5}, "give --keys-file too"),
+        ({"model": ("a=x", "a=y")}, "each name once"),
+        ({"model": ("x", "y")}, "each name once"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        ServeConfig(**settings)
+
+
+def test_models_have_names() -> None:
+    assert ServeConfig().bundles == {DEFAULT_MODEL: None}
+    assert ServeConfig(model=("s3://bucket/run=3/bundle",)).bundles == {DEFAULT_MODEL: "s3://bucket/run=3/bundle"}
+    config = ServeConfig(model=("new=s3://bucket/run=3/bundle", "old=bundles/old"))
+    assert list(config.bundles.items()) == [("new", "s3://bucket/run=3/bundle"), ("old", "bundles/old")]
+
+
+def test_replicas_share_the_cores_of_a_machine() -> None:
+    alone = plan_resources(ServeConfig(), [CPU_NODE])
+    assert (alone.num_threads, alone.gpus) == (8, 0)
+    shared = ServeConfig(num_replicas=2, model=("a=x", "b=y"))
+    resources = plan_resources(shared, [CPU_NODE])
+    assert resources.num_threads == 2
+    check_room(shared, resources, [CPU_NODE])
+    chosen = ServeConfig(cpus_per_replica=3)
+    assert plan_resources(chosen, [CPU_NODE]).num_threads == 3
+
+
+def test_replicas_take_gpus_where_there_are_any() -> None:
+    assert plan_resources(ServeConfig(), [CPU_NODE, GPU_NODE]).gpus == 1
+    assert plan_resources(ServeConfig(device="cpu"), [GPU_NODE]).gpus == 0
+    quarter = ServeConfig(gpus_per_replica=0.25, num_replicas=8)
+    check_room(quarter, plan_resources(quarter, [GPU_NODE]), [GPU_NODE])
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes"),
+    [
+        ({"device": "cuda"}, [CPU_NODE]),
+        ({"precision": "float16"}, [CPU_NODE]),
+        ({"gpus_per_replica": 1}, [CPU_NODE]),
+        ({"gpus_per_replica": 1, "num_replicas": 3}, [GPU_NODE]),
+        ({"cpus_per_replica": 8, "num_replicas": 2}, [CPU_NODE]),
+    ],
+)
+def test_what_the_cluster_has_no_room_for_is_refused(settings: dict[str, Any], nodes: list[dict[str, float]]) -> None:
+    config = ServeConfig(**settings)
+    with pytest.raises(ConfigurationError, match="need"):
+        check_room(config, plan_resources(config, nodes), nodes)

@@ -1,0 +1,194 @@
+"""The Open Inference Protocol, byte for byte: what its clients send, and what they want back."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+
+from raycap.model.captioner import Captioner
+from raycap.serve.backend import Array, ModelInfo, Result
+from raycap.serve.health import Readiness
+from raycap.serve.problems import overloaded, unavailable
+from raycap.serve.schemas import Options
+from raycap.serve.v2 import JSON_LENGTH
+from tests.serving import picture, problem, serving
+from tests.small import small_bundle
+
+IMAGES = [picture(0), picture(1)]
+
+
+def asking(method: str, path: str, **request: Any) -> httpx.Response:
+    async def main() -> httpx.Response:
+        async with serving() as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(main())
+
+
+def infer(content: bytes | dict[str, Any], **headers: str) -> httpx.Response:
+    data = json.dumps(content).encode() if isinstance(content, dict) else content
+    return asking("POST", "/v2/models/default/infer", content=data, headers=headers)
+
+
+def in_binary(images: Sequence[bytes], **more: Any) -> httpx.Response:
+    tail = b"".join(struct.pack("<I", len(image)) + image for image in images)
+    tensor = {"name": "image", "shape": [len(images)], "datatype": "BYTES"}
+    head = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": len(tail)}}], **more}).encode()
+    return infer(head + tail, **{JSON_LENGTH: str(len(head))})
+
+
+def in_json(data: list[Any], shape: list[int], **more: Any) -> dict[str, Any]:
+    return {"inputs": [{"name": "image", "shape": shape, "datatype": "BYTES", "data": data}], **more}
+
+
+def in_base64(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[tuple[str, float]]:
+    captioner = Captioner(small_bundle(), device="cpu")
+    return [(each.text, each.log_prob) for each in captioner.caption([captioner.prepare(image) for image in IMAGES])]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_json_in_and_out(nested: bool, wanted: list[tuple[str, float]]) -> None:
+    texts = [in_base64(image) for image in IMAGES]
+    data, shape = ([[text] for text in texts], [2, 1]) if nested else (texts, [2])
+    answer = infer(in_json(data, shape, id="42"))
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert (found["id"], found["model_name"], found["parameters"]) == ("42", "default", {"model_id": "small"})
+    captions, log_probs = found["outputs"]
+    assert captions == {"name": "caption", "datatype": "BYTES", "shape": shape, "data": [text for text, _ in wanted]}
+    assert (log_probs["name"], log_probs["datatype"], log_probs["shape"]) == ("log_prob", "FP32", shape)
+    assert log_probs["data"] == pytest.approx([log_prob for _, log_prob in wanted], abs=1e-4)
+
+
+def test_bytes_in_and_out(wanted: list[tuple[str, float]]) -> None:
+    answer = in_binary(IMAGES, parameters={"binary_data_output": True})
+    assert answer.status_code == 200, answer.text
+    length = int(answer.headers[JSON_LENGTH])
+    captions, log_probs = json.loads(answer.content[:length])["outputs"]
+    size = captions["parameters"]["binary_data_size"]
+    tail = answer.content[length:]
+    assert len(tail) == size + log_probs["parameters"]["binary_data_size"]
+    expected = b"".join(struct.pack("<I", len(text)) + text.encode() for text, _ in wanted)
+    assert tail[:size] == expected
+    np.testing.assert_allclose(np.frombuffer(tail[size:], "<f4"), [each for _, each in wanted], atol=1e-4)
+
+
+def test_outputs_are_those_that_were_asked_for() -> None:
+    outputs = [{"name": "log_prob", "parameters": {"binary_data": True}}, {"name": "caption"}]
+    answer = in_binary(IMAGES, outputs=outputs)
+    log_probs, captions = json.loads(answer.content[: int(answer.headers[JSON_LENGTH])])["outputs"]
+    assert (log_probs["parameters"], len(captions["data"])) == ({"binary_data_size": 8}, 2)
+    assert [each["name"] for each in in_binary(IMAGES, outputs=[{"name": "caption"}]).json()["outputs"]] == ["caption"]
+
+
+def test_parameters_are_options() -> None:
+    answer = in_binary(IMAGES, parameters={"max_length": 1, "priority": 3})
+    assert all(len(text.split()) == 1 for text in answer.json()["outputs"][0]["data"])
+    assert problem(in_binary(IMAGES, parameters={"max_length": 0}), 422)["errors"][0]["field"] == "max_length"
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "code"),
+    [
+        (b"{", {}, 400, "invalid_json"),
+        (b"{}", {JSON_LENGTH: "3"}, 400, "invalid_request"),
+        (b"{}", {JSON_LENGTH: "-1"}, 400, "invalid_request"),
+        ({}, {}, 422, "invalid_request"),
+        ({"inputs": []}, {}, 422, "invalid_request"),
+        ({"inputs": [{"name": "picture", "shape": [1], "datatype": "BYTES"}]}, {}, 422, "invalid_request"),
+        ({"inputs": [{"name": "image", "shape": [1], "datatype": "UINT8"}]}, {}, 422, "invalid_request"),
+        (in_json([], [0]), {}, 400, "invalid_tensor"),
+        (in_json(["AAAA"], [2]), {}, 400, "invalid_tensor"),
+        (in_json(["AAAA"], [-1]), {}, 400, "invalid_tensor"),
+        (in_json(["AAAA", "AAAA"], [1, 2]), {}, 400, "invalid_tensor"),
+        (in_json([1], [1]), {}, 400, "invalid_tensor"),
+        (in_json(["%"], [1]), {}, 422, "invalid_base64"),
+        (in_json(["AAAA"], [1]), {}, 415, "not_an_image"),
+        (in_json(["AAAA"] * 17, [17]), {}, 413, "too_many_images"),
+        (in_json(["AAAA"], [1], outputs=[{"name": "text"}]), {}, 422, "invalid_request"),
+    ],
+)
+def test_wrong_requests_are_told_what_is_wrong(
+    content: bytes | dict[str, Any], headers: dict[str, str], status: int, code: str
+) -> None:
+    found = problem(infer(content, **headers), status)
+    assert found["code"] == code
+    assert found["error"] == found["detail"], "where the protocol's clients look"
+
+
+@pytest.mark.parametrize("tail", [b"\x01", b"\x01\0\0", b"\x05\0\0\0abcd", b"\xff\xff\xff\xff", b"\x01\0\0\0a\x09"])
+def test_elements_that_are_cut_off_are_refused(tail: bytes) -> None:
+    head = b'{"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES"}]}'
+    assert problem(infer(head + tail, **{JSON_LENGTH: str(len(head))}), 400)["code"] == "invalid_tensor"
+
+
+def test_tells_what_it_serves() -> None:
+    assert asking("GET", "/v2").json()["extensions"] == ["binary_tensor_data"]
+    metadata = asking("GET", "/v2/models/default").json()
+    assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+    assert {output["name"]: output["datatype"] for output in metadata["outputs"]} == {
+        "caption": "BYTES",
+        "log_prob": "FP32",
+    }
+    assert metadata["parameters"] == {"model_id": "small"}
+    for path in ("/v2/models/none", "/v2/models/none/ready"):
+        assert problem(asking("GET", path), 404)["code"] == "unknown_model"
+    for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/default/ready"):
+        assert asking("GET", path).status_code == 200
+
+
+class Moody:
+    """A model that does as it is told, for what a whole one does not do."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.num_asked = 0
+
+    async def info(self) -> ModelInfo:
+        bundle = small_bundle()
+        return ModelInfo(model_id="", preprocessing=bundle.preprocessing, decoding=bundle.decoding)
+
+    async def caption(self, pixels_BHWC: Array, preprocessing: object, options: Options) -> list[Result]:
+        self.num_asked += 1
+        if self.error is not None:
+            raise self.error
+        return []
+
+
+@pytest.mark.parametrize(
+    ("error", "is_ready"),
+    [(None, True), (overloaded(), True), (unavailable(), False), (RuntimeError("broken"), False)],
+)
+def test_is_ready_when_it_answers_or_has_much_to_do(error: Exception | None, is_ready: bool) -> None:
+    model = Moody()
+    model.error = error
+    assert asyncio.run(Readiness(model).is_ready()) == is_ready
+
+
+def test_an_answer_is_believed_for_a_while_and_a_failure_is_not() -> None:
+    async def main() -> None:
+        model, now = Moody(), [0.0]
+        readiness = Readiness(model, clock=lambda: now[0])
+        assert all(await asyncio.gather(*(readiness.is_ready() for _ in range(5))))
+        assert model.num_asked == 1
+        now[0] = 11.0
+        model.error = unavailable()
+        assert not await readiness.is_ready()
+        model.error = None
+        assert await readiness.is_ready()
+        assert model.num_asked == 3
+
+    asyncio.run(main())
