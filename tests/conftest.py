@@ -36,3 +36,11 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("bundle") / "tiny")
     random_bundle().save(path)
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What raycap keeps on a machine goes into the session's own folder, also of the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYCAP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
