@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.training --annotations captions.json --images images/
 
-Ratios of images/s in the second epoch, of a model with the shipped bundle's decoder on cached features.
+Ratios of images/s in the third epoch, of a model with the shipped bundle's decoder on cached features.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from raycap.train.features import Features, compute_features
 from raycap.train.job import Job
 from raycap.train.on_ray import train
 
-EPOCHS = 2
+EPOCHS = 3
 BATCH_SIZE = 64
 
 
 def plain_loop(config: TrainConfig, num_threads: int) -> float:
-    """Images/s of the second epoch of what anybody would write: one process, no Ray, the same model and batches."""
+    """Images/s of the third epoch of what anybody would write: one process, no Ray, the same model and batches."""
     torch.set_num_threads(num_threads)
     job = Job.open(config)
     features = _features(job)
@@ -87,7 +87,7 @@ def _features(job: Job) -> Features:
 
 
 def through_ray(config: TrainConfig) -> float:
-    """Images/s of the second epoch of the job."""
+    """Images/s of the third epoch of the job."""
     train(config)
     events = EventAccumulator(f"{config.run_path}/tensorboard")
     events.Reload()
