@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import uvicorn
 from PIL import Image
 from torch import Tensor
 
@@ -73,6 +75,31 @@ async def serving(
     async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
         yield client
     await model.close()
+
+
+@contextmanager
+def running(config: ServeConfig, captioner: OnlineCaptioner) -> Iterator[str]:
+    """The application on a free port; gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        server = uvicorn.Server(uvicorn.Config("", log_level="warning"))
+        started = threading.Event()
+
+        async def main() -> None:
+            model = ServedModel(captioner, batch_size=4, batch_wait_s=0.0)
+            server.config.app = create_app(config, {"default": model})
+            started.set()  # the socket listens already: what comes before the server waits in its queue
+            await server.serve([listening])
+            await model.close()
+
+        thread = threading.Thread(target=asyncio.run, args=(main(),))
+        thread.start()
+        started.wait()
+        try:
+            yield address
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:

@@ -162,7 +162,9 @@ def test_ray_is_known_in_its_doors_alone() -> None:
 
 def test_doors_to_ray_are_opened_by_the_command_line_and_each_other_alone() -> None:
     doors = [name for name in MODULES if name.endswith(".on_ray")]
-    importers = outside("jobs", "raycap.cli", "raycap.bulk.run", "raycap.benchmark.bulk", *doors)
+    importers = outside(
+        "jobs", "raycap.cli", "raycap.bulk.run", "raycap.benchmark.bulk", "raycap.benchmark.serve", *doors
+    )
     assert offences(importers, *doors) == []
 
 

@@ -22,7 +22,7 @@ from raycap.benchmark.config import PARTS, BenchmarkConfig
 from raycap.benchmark.cpu import CpuClock, processes_under
 from raycap.benchmark.page import render
 from raycap.benchmark.parts import part_measures, read_images, share_of_equal_captions
-from raycap.benchmark.result import core_ms, ratios
+from raycap.benchmark.result import core_ms, load_medians, ratios
 from raycap.benchmark.table import print_result
 from raycap.benchmark.timing import Measure, Sample, measure, quotients, spread, timed
 from raycap.cli import _parse
@@ -36,6 +36,10 @@ from tests.commands import wait_until
 from tests.hostile import base_picture, encode
 
 NUM_IMAGES = 5
+LOAD = {
+    **{"share": 1.5, "asked_per_s": 60.0, "answered": 0.66, "refused": 0.34, "failed": 0.0},
+    **{"p50_ms": 1500.0, "p99_ms": 2900.0, "bound_ms": 3200.0, "batch_sizes": {"1": 0.0, "16": 0.25, "32": 0.75}},
+}
 
 
 def of(name: str, *samples: tuple[float, float | None], title: str = "") -> Measure:
@@ -52,11 +56,12 @@ def of(name: str, *samples: tuple[float, float | None], title: str = "") -> Meas
     [
         ({"sources": ()}, "give at least one SOURCE: a directory or s3:// prefix of images"),
         ({"sources": ("a", "a")}, "a SOURCE is given twice"),
-        ({"parts": ()}, "--parts needs at least one of decode, encode, search, path, bulk"),
+        ({"parts": ()}, "--parts needs at least one of decode, encode, search, path, bulk, serve"),
         ({"num_images": 0}, "--num-images must be at least 1, got 0"),
         ({"num_bulk_images": 0}, "--num-bulk-images must be at least 1, got 0"),
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"serve_s": 0}, "--serve-s must be above 0, got 0"),
         ({"output": "x", "report": "x"}, "--output and --report need a file each"),
     ],
 )
@@ -286,6 +291,7 @@ def result() -> dict[str, Any]:
         "measurements": {each.name: each.to_dict() for each in measures},
         "ratios": ratios(measures),
         "share_of_equal_captions": 0.996,
+        "loads": load_medians([[LOAD]]),
         "core_ms_per_image": core_ms(measures, {"bulk_1": [{"fetch": 7.0, "decode": 5.0, "caption": 40.0}]}),
         "machine": {"cpu": "A CPU", "cores": 2, "memory_gb": 24.6, "gpu": None, "system": "Linux 6"},
         "versions": {"raycap": "1.2.3"},
@@ -302,8 +308,17 @@ def test_tables_have_the_numbers(result: dict[str, Any]) -> None:
     assert re.search(r"\[red\]x\[/red\] +38\.0 +38\.0 +38\.0 +- ", text)
     assert re.search(r"over the tight loop +0\.92 ", text)
     assert "the same caption as engine torch: 99.6% of the images" in text
+    assert re.search(r"150% of saturation +60\.0 +1,500\.0 +2,900\.0 +3,200\.0 +34\.0% +0\.0% +16: 25%, 32: 75%", text)
     assert re.search(r"tight loop +- +4\.0 +10\.0 +30\.0 +- +- +44\.0", text)
     assert re.search(r"\[/red\] +7\.0 +5\.0 +10\.0 +30\.0 +- +- +52\.0", text)
+
+
+def test_loads_are_medians_of_their_rounds() -> None:
+    rounds = [
+        [LOAD | {"p99_ms": p99_ms, "batch_sizes": {"32": share}}] for p99_ms, share in ((1.0, 1), (9.0, 0.5), (2.0, 0))
+    ]
+    (found,) = load_medians(rounds)
+    assert (found["p99_ms"], found["batch_sizes"], found["share"]) == (2.0, {"32": 0.5}, 1.5)
 
 
 def test_page_has_the_numbers_and_loads_nothing(result: dict[str, Any]) -> None:
@@ -313,6 +328,7 @@ def test_page_has_the_numbers_and_loads_nothing(result: dict[str, Any]) -> None:
     assert "default-src 'none'" in page
     assert page.count("<td>41.3</td>") == 3
     assert "<td>0.92</td>" in page
+    assert "<td>2,900.0</td><td>3,200.0</td><td>34.0%</td><td>0.0%</td><td>16: 25%, 32: 75%</td>" in page
     assert "99.6% of the images" in page
     # The longest bar is the fastest round; the stages of the costliest pipeline fill its bar.
     assert 'width="100.00%"' in page
@@ -325,7 +341,9 @@ def test_page_has_the_numbers_and_loads_nothing(result: dict[str, Any]) -> None:
 def test_page_of_a_single_part(result: dict[str, Any]) -> None:
     decode = {"decode": result["measurements"]["decode"]}
     page = render(
-        result | {"measurements": decode, "ratios": {}, "core_ms_per_image": {}, "share_of_equal_captions": None}
+        result
+        | {"measurements": decode, "ratios": {}, "core_ms_per_image": {}, "loads": [], "share_of_equal_captions": None}
     )
     assert "Ratios" not in page
+    assert "under load" not in page
     assert "Where the time goes" not in page

@@ -41,8 +41,8 @@ def test_small_source_is_counted_and_captioned(source: Path, tiny_bundle: str) -
 
 def test_numbers_follow_from_one_another(source: Path, tiny_bundle: str) -> None:
     result = planned(source, tiny_bundle, num_cpus=4, num_objects=14_000_000, price_per_hour=3.0)
-    seconds = result["seconds_per_image"]
-    assert result["images_per_s"] == pytest.approx(4 / (seconds["caption"] + seconds["decode"]), rel=0.02)
+    caption_s, feed_s = result["seconds_per_image"]["caption"], result["feed_core_seconds_per_image"]
+    assert result["images_per_s"] == pytest.approx(4 / (caption_s + feed_s), rel=0.02)
     assert result["num_skipped"] == 1_000_000
     assert result["hours"] == pytest.approx(13_000_000 / result["images_per_s"] / 3600, rel=0.01)
     assert result["cpu_hours"] == pytest.approx(4 * result["hours"], abs=0.01)
@@ -54,11 +54,44 @@ def test_numbers_follow_from_one_another(source: Path, tiny_bundle: str) -> None
 
 def test_gpus_are_planned_by_their_rate_and_the_cores_that_feed_them(source: Path, tiny_bundle: str) -> None:
     few = planned(source, tiny_bundle, num_gpus=8, gpu_images_per_s=1e6, num_cpus=1)
-    assert few["bottleneck"] == "decoding on the CPUs"
-    assert few["images_per_s"] == pytest.approx(1 / few["seconds_per_image"]["decode"], rel=0.05)
+    assert few["bottleneck"] == "fetching and decoding on the CPUs"
+    assert few["images_per_s"] == pytest.approx(1 / few["feed_core_seconds_per_image"], rel=0.05)
     many = planned(source, tiny_bundle, num_gpus=2, gpu_images_per_s=5, num_cpus=64)
     assert (many["bottleneck"], many["images_per_s"]) == ("captioning", 10)
     assert many["gpu_hours"] == pytest.approx(2 * many["hours"], abs=0.01)
+
+
+def test_what_goes_beside_an_actor_follows_from_its_rate(source: Path, tiny_bundle: str) -> None:
+    core, gpu = planned(source, tiny_bundle), planned(source, tiny_bundle, num_gpus=1, gpu_images_per_s=1000)
+    assert (core["actor"], core["actor_images_per_s_is"]) == ("CPU core", "measured")
+    assert core["actor_images_per_s"] == pytest.approx(1 / core["seconds_per_image"]["caption"])
+    assert (gpu["actor"], gpu["actor_images_per_s"], gpu["actor_images_per_s_is"]) == ("GPU", 1000, "given")
+    assert gpu["actor_needs"] == {
+        "cores": pytest.approx(1000 * gpu["feed_core_seconds_per_image"]),
+        "mb_per_s": pytest.approx(1000 * gpu["sample_bytes"] / 13 / 1e6),
+        "pixel_mb_per_s": pytest.approx(1000 * 3 * 64**2 / 1e6),
+        "requests_in_flight": pytest.approx(1000 * gpu["read_seconds"]),
+    }
+    assert gpu["nodes"] is None, "not asked for"
+
+
+def test_nodes_that_are_done_in_time(source: Path, tiny_bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"cpus_per_node": 64, "gpus_per_node": 2, "gpu_images_per_s": 10}
+    nodes = planned(source, tiny_bundle, num_objects=1_400_000, within_hours=0.5, **shape)["nodes"]
+    assert nodes["images_per_s"] == 20
+    assert nodes["num_nodes"] == 37  # 1,300,000 images to try, 36,000 by each node
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "37 of 64 CPU cores and 2 GPUs caption in 30m00s, 20.0 images/s each" in printed
+    assert "10.0 images/s (given; the rest is measured)" in printed
+
+
+def test_reads_are_timed_and_errors_pass_through(source: Path, tiny_bundle: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("".join(f"{source}/{name}.jpg\n" for name in ("0", "1", "gone")))
+    result = planned(keys, tiny_bundle)
+    assert result["sample_errors"] == {"not_found": 1}
+    assert 0 < result["read_seconds"] < 60
+    assert result["feed_core_seconds_per_image"] > 0
 
 
 def test_long_listing_is_cut_and_says_so(source: Path, tiny_bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,3 +118,5 @@ def test_what_cannot_be_planned_is_one_error(source: Path, tiny_bundle: str, tmp
         planned(tmp_path, tiny_bundle)
     with pytest.raises(ConfigurationError, match="has no GPU to measure: give --gpu-images-per-s"):
         planned(source, tiny_bundle, num_gpus=1)
+    with pytest.raises(ConfigurationError, match="has no GPU to measure: give --gpu-images-per-s"):
+        planned(source, tiny_bundle, gpus_per_node=1, within_hours=1)

@@ -204,6 +204,25 @@ def test_requests_choose_among_models() -> None:
     assert asking(raw(DOG, model="second"), config).json()["model"] == "second"
 
 
+def test_a_canary_gets_its_share_of_the_requests_that_name_no_model() -> None:
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        async def model_for(request_id: str, **options: str) -> str:
+            headers = JPEG | {"X-Request-ID": request_id}
+            answer = await client.post("/v1/caption", content=picture(), headers=headers, params=options)
+            return str(answer.json()["model"])
+
+        first = [await model_for(f"request-{number}") for number in range(200)]
+        assert [await model_for(f"request-{number}") for number in range(50)] == first[:50]
+        assert set(first) == {"old", "new"}
+        assert 20 <= first.count("new") <= 60, "about 20% of 200"
+        assert {await model_for(f"request-{number}", model="old") for number in range(50)} == {"old"}
+        return await client.get("/metrics")
+
+    config = ServeConfig(model=("old=a", "new=b"), canary="new=0.2")
+    assert 'raycap_images_total{model="new"}' in asking(ask, config).text
+    assert asking(raw(DOG), ServeConfig(model=("old=a", "new=b"), canary="new=1")).json()["model"] == "new"
+
+
 def test_pixels_are_prepared_again_for_a_model_that_took_anothers_place() -> None:
     class Place:
         """Where one model is, and then another."""
@@ -217,10 +236,10 @@ def test_pixels_are_prepared_again_for_a_model_that_took_anothers_place() -> Non
     async def main() -> str:
         nonlocal model
         captions = Captions(ServeConfig(), {"default": Place()}, Room(8), Metrics())
-        await captions.caption([DOG], Options())
+        await captions.caption("default", [DOG], Options())
         await model.close()
         model = ServedModel(another, batch_size=4, batch_wait_s=0.0)
-        answer = await captions.caption([DOG], Options())
+        answer = await captions.caption("default", [DOG], Options())
         await model.close()
         return answer.done[0].captions[0][0]
 

@@ -30,6 +30,12 @@ CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
         ({"rate_limit": 5}, "give --keys-file too"),
         ({"model": ("a=x", "a=y")}, "each name once"),
         ({"model": ("x", "y")}, "each name once"),
+        ({"model": ("a=x", "b=y"), "canary": "b=0"}, "share above 0 and up to 1"),
+        ({"model": ("a=x", "b=y"), "canary": "b=1.1"}, "share above 0 and up to 1"),
+        ({"model": ("a=x", "b=y"), "canary": "b=x"}, "share above 0 and up to 1"),
+        ({"model": ("a=x", "b=y"), "canary": "b"}, "share above 0 and up to 1"),
+        ({"model": ("a=x", "b=y"), "canary": "a=0.5"}, "gives after the first, got 'a'"),
+        ({"canary": "new=0.5"}, "gives after the first, got 'new'"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:

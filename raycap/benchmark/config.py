@@ -10,7 +10,7 @@ import tyro
 from raycap.model.config import Engine, Precision, require
 from raycap.storage import S3Options
 
-Part = Literal["decode", "encode", "search", "path", "bulk"]
+Part = Literal["decode", "encode", "search", "path", "bulk", "serve"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -23,13 +23,15 @@ class BenchmarkConfig:
     captions each of them."""
     parts: tuple[Part, ...] = PARTS
     """decode: JPEG to pixels on one core. encode: the CNN alone. search: captions of ready features. path: all three in
-    one loop over files in memory. bulk: raycap caption."""
+    one loop over files in memory. bulk: raycap caption. serve: raycap serve, asked over HTTP."""
     model: str | None = None
     """Bundle, local or s3://; by default the one that ships with raycap."""
     num_images: int = 256
     """Images of all parts but bulk, the first of the first source that can be read."""
     num_bulk_images: int | None = None
     """Images of each bulk run, the first of its source; by default all. Few say little: 1,000 and more are useful."""
+    serve_s: float = 15.0
+    """Seconds of each load on the endpoint: at saturation, and at 50%, 80% and 150% of what that gave."""
     repeats: int = 3
     """Rounds. Each round measures everything once, so that what else the machine does hits all alike."""
     batch_size: int = 32
@@ -53,4 +55,5 @@ class BenchmarkConfig:
         for name in ("num_images", "num_bulk_images", "repeats", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        require(self.serve_s > 0, f"--serve-s must be above 0, got {self.serve_s:g}")
         require(self.output is None or self.output != self.report, "--output and --report need a file each")

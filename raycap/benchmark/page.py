@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from raycap.benchmark.breakdown import STAGES
+from raycap.benchmark.table import batch_sizes
 from raycap.html import page_template
 
 __all__ = ["render"]
@@ -26,7 +27,11 @@ def render(result: Mapping[str, Any]) -> str:
         "Settings": ", ".join(f"{name} {value}" for name, value in _settings(result["settings"])),
     }
     costs = result["core_ms_per_image"]
-    return page_template("raycap.benchmark", {"number": lambda value, digits: f"{value:,.{digits}f}"}).render(
+    filters: dict[str, Callable[..., str]] = {
+        "number": lambda value, digits: f"{value:,.{digits}f}",
+        "batch_sizes": batch_sizes,
+    }
+    return page_template("raycap.benchmark", filters).render(
         result=result,
         facts=facts,
         stages=STAGES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from raycap.benchmark.breakdown import of_bulk, of_path
@@ -13,6 +14,8 @@ _RATIOS = {
     "engine_encoder": ("chosen engine over engine torch, encoder alone", "encode_chosen", "encode_torch"),
     "greedy": ("greedy over 3 beams, tight loop, batches of 64", "path_1_batch_64", "path_3_batch_64"),
     "batched": ("batches of 64 over image by image, tight loop", "path_3_batch_64", "path_3_batch_1"),
+    "serve": ("endpoint at saturation over the tight loop", "serve", "path_chosen"),
+    "serve_latency": ("latency of one request over a direct call", "serve_direct", "serve_single"),
     "batched_search": ("batches of 64 over image by image, search alone", "search_3_batch_64", "search_3_batch_1"),
 }
 """Name: what is told, and whose rate is divided by whose."""
@@ -51,3 +54,16 @@ def core_ms(
     titles = {each.name: each.title for each in measures}
     all_costs = {"tight loop": floor} | {titles[name]: of_bulk(runs, floor) for name, runs in worker_ms.items()}
     return {title: {stage: round(value, 3) for stage, value in costs.items()} for title, costs in all_costs.items()}
+
+
+def load_medians(loads: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each load, the median of its rounds."""
+    return [
+        {
+            name: {size: round(median(each[name].get(size, 0.0) for each in rounds), 4) for size in value}
+            if isinstance(value, Mapping)
+            else round(median(each[name] for each in rounds), 4)
+            for name, value in rounds[-1].items()
+        }
+        for rounds in zip(*loads, strict=True)
+    ]

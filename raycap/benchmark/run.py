@@ -14,7 +14,7 @@ from raycap.benchmark.config import BenchmarkConfig
 from raycap.benchmark.machine import machine, versions
 from raycap.benchmark.page import render
 from raycap.benchmark.parts import part_measures, read_images, share_of_equal_captions
-from raycap.benchmark.result import core_ms, ratios
+from raycap.benchmark.result import core_ms, load_medians, ratios
 from raycap.benchmark.table import print_result
 from raycap.benchmark.timing import measure
 from raycap.model.bundle import Bundle
@@ -47,6 +47,11 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         for number, source in enumerate(config.sources, 1):
             runs = worker_ms.setdefault(f"bulk_{number}", [])
             measures.append(bulk_measure(config, source, f"bulk_{number}", runs))
+    loads: list[list[dict[str, Any]]] = []
+    if "serve" in config.parts:
+        from raycap.benchmark.serve import serve_measures
+
+        measures += serve_measures(config, captioner, files, loads)
     measure(measures, config.repeats)
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,6 +64,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         "share_of_equal_captions": round(share_of_equal_captions(captioner, plain, files, config.batch_size), 4)
         if captioner is not plain
         else None,
+        "loads": load_medians(loads),
         "core_ms_per_image": core_ms(measures, worker_ms),
         "machine": machine(),
         "versions": versions(),

@@ -34,12 +34,24 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     if result["share_of_equal_captions"] is not None:
         share = 100 * result["share_of_equal_captions"]
         console.print(f"the same caption as engine torch: {share:.1f}% of the images", highlight=False)
+    if result["loads"]:
+        loads = _table("load on the endpoint", "asked/s", "p50, ms", "p99, ms", "bound, ms", "503", "failed", "batches")
+        for each in result["loads"]:
+            times = [_number(each[name], 1) for name in ("asked_per_s", "p50_ms", "p99_ms", "bound_ms")]
+            shares = [f"{each[name]:.1%}" for name in ("refused", "failed")]
+            loads.add_row(f"{each['share']:.0%} of saturation", *times, *shares, batch_sizes(each["batch_sizes"]))
+        console.print(loads)
     if result["core_ms_per_image"]:
         costs = _table("core-ms an image", *STAGES.values(), "all")
         for title, by_stage in result["core_ms_per_image"].items():
             cells = [_number(by_stage.get(stage), 1) for stage in STAGES]
             costs.add_row(escape(title), *cells, _number(sum(by_stage.values()), 1))
         console.print(costs)
+
+
+def batch_sizes(shares: Mapping[str, float]) -> str:
+    """Of the images, those in batches of up to 1, up to 2, up to 4 and so on."""
+    return ", ".join(f"{size}: {share:.0%}" for size, share in shares.items() if share >= 0.005)
 
 
 def _table(first: str, *others: str) -> Table:

@@ -1,4 +1,4 @@
-"""The settings of the bulk job, its report and its benchmark. Plain data: no torch and no Ray here."""
+"""The settings of the bulk job and its report. Plain data: no torch and no Ray here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tyro
 
 from raycap.errors import object_error_codes
 from raycap.images import ImageLimits
-from raycap.model.config import require
+from raycap.model.config import Engine, require
 from raycap.storage import S3Options
 
 Source = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
@@ -81,6 +81,8 @@ class CaptionConfig:
     """Where to caption. auto: on GPUs if the cluster has any."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the model's arithmetic. auto: float32 on a CPU, bfloat16 on a GPU that has it."""
+    engine: Engine = "auto"
+    """What runs the encoder; the captions are the same. auto: onnx on a CPU if it is installed, else torch."""
 
     max_bytes: int = ImageLimits().max_bytes
     """Larger files are not fetched: their rows say too_large."""
@@ -231,6 +233,12 @@ class PlanConfig:
     """GPUs of the cluster."""
     gpu_images_per_s: float | None = None
     """Images a second that one of these GPUs captions; by default as measured, if this machine has one."""
+    within_hours: float | None = None
+    """Say how many nodes of --cpus-per-node and --gpus-per-node caption everything in this time."""
+    cpus_per_node: int | None = None
+    """CPU cores of such a node; by default those of this machine."""
+    gpus_per_node: int = 0
+    """GPUs of such a node."""
     price_per_hour: float | None = None
     """Of the whole cluster, in any currency."""
     price_per_1000_gets: float = 0.0004
@@ -242,33 +250,12 @@ class PlanConfig:
     s3: Annotated[S3Options, tyro.conf.OmitArgPrefixes] = field(default_factory=S3Options)
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_list", "num_objects", "num_cpus"):
+        for name in ("num_samples", "max_list", "num_objects", "num_cpus", "cpus_per_node"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        require(self.num_gpus >= 0, f"--num-gpus must not be negative, got {self.num_gpus}")
-        rate = self.gpu_images_per_s
-        require(rate is None or rate > 0, f"--gpu-images-per-s must be above 0, got {rate}")
-        for name in ("price_per_hour", "price_per_1000_gets", "price_per_1000_puts"):
+        for name in ("gpu_images_per_s", "within_hours"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"--{name.replace('_', '-')} must be above 0, got {value}")
+        for name in ("num_gpus", "gpus_per_node", "price_per_hour", "price_per_1000_gets", "price_per_1000_puts"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"--{name.replace('_', '-')} must not be negative, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchmarkConfig:
-    """Images/s of the bulk job over those of a tight loop around the same model on bytes in memory, in one run."""
-
-    source: Source
-    """Directory or s3:// prefix of images."""
-    model: str | None = None
-    """Bundle, local or s3://; by default the one that ships with raycap."""
-    num_images: int = 256
-    """Images of the tight loop, the first of the source."""
-    batch_size: int = 32
-    """Images captioned at a time, in both."""
-    output: str | None = None
-    """JSON file for the numbers."""
-    s3: Annotated[S3Options, tyro.conf.OmitArgPrefixes] = field(default_factory=S3Options)
-
-    def __post_init__(self) -> None:
-        require(self.num_images >= 1, f"--num-images must be at least 1, got {self.num_images}")
-        require(self.batch_size >= 1, f"--batch-size must be at least 1, got {self.batch_size}")

@@ -98,7 +98,8 @@ def caption_chunks(job: Job, manifest: Manifest, todo: np.ndarray) -> None:
                 num_cpus=resources.cpus_per_fetch,
                 override_num_blocks=len(chunks.groups),
             )
-            .map_batches(
+            # As Ray's own map_groups: map_batches refuses whole blocks on GPUs, and a batch size would mix chunks.
+            .map_batches_internal(
                 _CaptionActor,
                 fn_constructor_args=(bundle_ref, config, device, resources.threads_per_actor, box),
                 batch_size=None,

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -17,18 +20,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from raycap.bulk import commit
-from raycap.bulk.config import PlanConfig
+from raycap.bulk import commit, sizing
+from raycap.bulk.config import CaptionConfig, PlanConfig
 from raycap.bulk.layout import CHUNK_ROWS, SHARD_ROWS
 from raycap.bulk.manifest import WORK_SCHEMA
 from raycap.bulk.progress import duration_text
 from raycap.bulk.rows import OK, Fetcher, caption_rows
 from raycap.bulk.sources import Source, SourceRow, open_source
+from raycap.bulk.sources.base import Reader
 from raycap.errors import ConfigurationError, NotFoundError
 from raycap.images import ImageLimits
 from raycap.model.captioner import Captioner
 
 _BATCH_SIZE: Final = 32
+_REQUESTS_IN_FLIGHT: Final = CaptionConfig(source="", output="").requests_in_flight
 _KEYS_PER_LIST_REQUEST: Final = 1000
 
 
@@ -47,9 +52,11 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """The numbers, also printed. Raises ConfigurationError or StorageError for a source that cannot be read."""
     source = open_source(config.source, config.selection, config.s3)
     source.check()
-    captioner = Captioner.load(config.model, s3=config.s3)
-    listing = _list(source, config)
-    result = _multiplied(config, listing, _measured(source, captioner, listing.sample))
+    with _one_thread():  # before the captioner is made: its engine takes its threads then
+        captioner = Captioner.load(config.model, s3=config.s3)
+        listing = _list(source, config)
+        measured = _measured(source, captioner, listing.sample)
+    result = _multiplied(config, listing, measured)
     result = {"source": source.location, "model_id": captioner.model_id, **result}
     if config.json:
         Console(soft_wrap=True).print_json(data=result)
@@ -81,26 +88,51 @@ def _list(source: Source, config: PlanConfig) -> _Listing:
     return listing
 
 
-def _measured(source: Source, captioner: Captioner, sample: list[SourceRow]) -> dict[str, Any]:
-    """Seconds an image for each stage with one thread, and how the sample fared."""
-    if not sample:
-        raise ConfigurationError(f"{source.location}: every listed object would be skipped; see --all-files")
+@contextmanager
+def _one_thread() -> Iterator[None]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        fetcher = Fetcher(
-            reader=source.reader,
-            reads_by=source.reads_by,
-            preprocessing=captioner.preprocessing,
-            limits=ImageLimits(),
-            requests_in_flight=16,
-        )
-        fetched = fetcher(_work(sample))
-        size = captioner.preprocessing.size_px
-        captioner.caption_array(np.zeros((1, size, size, 3), np.uint8))  # the first call sets things up
-        tally = commit.tally(caption_rows(fetched, captioner, batch_size=_BATCH_SIZE))
+        yield
     finally:
         torch.set_num_threads(num_threads)
+
+
+@dataclass(frozen=True)
+class _TimedReader:
+    """Writes down how long each read takes."""
+
+    reader: Reader
+    seconds: list[float]
+
+    def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        started = time.perf_counter()
+        try:
+            return self.reader.read(key, max_bytes=max_bytes)
+        finally:
+            self.seconds.append(time.perf_counter() - started)
+
+
+def _measured(source: Source, captioner: Captioner, sample: list[SourceRow]) -> dict[str, Any]:
+    """Seconds an image for each stage, and how the sample fared."""
+    if not sample:
+        raise ConfigurationError(f"{source.location}: every listed object would be skipped; see --all-files")
+    reader = _TimedReader(source.reader, [])
+    fetcher = Fetcher(
+        reader=reader,
+        reads_by=source.reads_by,
+        preprocessing=captioner.preprocessing,
+        limits=ImageLimits(),
+        requests_in_flight=_REQUESTS_IN_FLIGHT,
+    )
+    size = captioner.preprocessing.size_px
+    fetcher(_work(sample[:1]))  # the first calls set things up
+    captioner.caption_array(np.zeros((1, size, size, 3), np.uint8))
+    reader.seconds.clear()
+    cpu_started = time.process_time()
+    fetched = fetcher(_work(sample))
+    feed_core_s = time.process_time() - cpu_started
+    tally = commit.tally(caption_rows(fetched, captioner, batch_size=_BATCH_SIZE))
     num_ok = tally.counts[OK]
     if not num_ok:
         failures = ", ".join(f"{count} {code}" for code, count in tally.errors.items())
@@ -117,6 +149,9 @@ def _measured(source: Source, captioner: Captioner, sample: list[SourceRow]) -> 
             name.removesuffix("_s"): max(1e-7, seconds / num_of.get(name, len(sample)))
             for name, seconds in tally.stage_s.items()
         },
+        "feed_core_seconds_per_image": max(1e-7, feed_core_s / len(sample)),
+        "pixel_bytes": 3 * size**2,
+        "read_seconds": sum(reader.seconds) / len(reader.seconds),
         "device": str(captioner.device),
     }
 
@@ -133,20 +168,7 @@ def _multiplied(config: PlanConfig, listing: _Listing, measured: dict[str, Any])
     num_tried = num_objects - num_skipped
     known_bytes = listing.num_bytes or measured["sample_bytes"] / measured["num_sampled"] * listing.num_objects
     num_cpus = config.num_cpus or os.cpu_count() or 1
-    seconds = measured["seconds_per_image"]
-    if config.num_gpus:
-        per_gpu = config.gpu_images_per_s
-        if per_gpu is None and measured["device"].startswith("cuda"):
-            per_gpu = 1 / seconds["caption"]
-        if per_gpu is None:
-            raise ConfigurationError(
-                "this machine has no GPU to measure: give --gpu-images-per-s, for instance from raycap benchmark there"
-            )
-        captioning, decoding = config.num_gpus * per_gpu, num_cpus / seconds["decode"]
-        rate, bottleneck = min((captioning, "captioning"), (decoding, "decoding on the CPUs"))
-    else:
-        rate = num_cpus / (seconds["caption"] + seconds["decode"])  # both on the same cores
-        bottleneck = "captioning"
+    rate, bottleneck = sizing.images_per_s(_rates(config, measured, config.num_gpus), num_cpus, config.num_gpus)
     hours = num_tried / rate / 3600
     num_gets = num_tried + 2 * num_tried / CHUNK_ROWS
     num_puts = num_objects / _KEYS_PER_LIST_REQUEST + num_objects / CHUNK_ROWS + num_objects / SHARD_ROWS
@@ -170,7 +192,53 @@ def _multiplied(config: PlanConfig, listing: _Listing, measured: dict[str, Any])
         "num_get_requests": round(num_gets),
         "num_put_and_list_requests": round(num_puts),
         "requests_cost": round(requests_price, 2),
+        **_sized(config, measured, num_tried),
     }
+
+
+def _rates(config: PlanConfig, measured: dict[str, Any], num_gpus: int) -> sizing.Rates:
+    """As measured, but for the rate of GPUs where that was given."""
+    per_actor = 1 / measured["seconds_per_image"]["caption"]
+    if num_gpus:
+        if config.gpu_images_per_s is not None:
+            per_actor = config.gpu_images_per_s
+        elif not measured["device"].startswith("cuda"):
+            raise ConfigurationError(
+                "this machine has no GPU to measure: give --gpu-images-per-s, for instance from raycap benchmark there"
+            )
+    return sizing.Rates(
+        captions_per_s=per_actor,
+        feed_core_s=measured["feed_core_seconds_per_image"],
+        read_s=measured["read_seconds"],
+        image_bytes=measured["sample_bytes"] / measured["num_sampled"],
+        pixel_bytes=measured["pixel_bytes"],
+    )
+
+
+def _sized(config: PlanConfig, measured: dict[str, Any], num_tried: int) -> dict[str, Any]:
+    """What goes beside one actor; how many nodes are done in time, if that was asked for."""
+    num_gpus = config.num_gpus or config.gpus_per_node
+    rates = _rates(config, measured, num_gpus)
+    result: dict[str, Any] = {
+        "actor": "GPU" if num_gpus else "CPU core",
+        "actor_images_per_s": rates.captions_per_s,
+        "actor_images_per_s_is": "given" if num_gpus and config.gpu_images_per_s else "measured",
+        "actor_needs": asdict(sizing.needs(rates)),
+        "nodes": None,
+    }
+    if config.within_hours is not None:
+        num_cpus = config.cpus_per_node or os.cpu_count() or 1
+        rates = _rates(config, measured, config.gpus_per_node)
+        rate, bottleneck = sizing.images_per_s(rates, num_cpus, config.gpus_per_node)
+        result["nodes"] = {
+            "num_nodes": sizing.num_nodes(num_tried, config.within_hours, rate),
+            "within_hours": config.within_hours,
+            "num_cpus": num_cpus,
+            "num_gpus": config.gpus_per_node,
+            "images_per_s": rate,
+            "bottleneck": bottleneck,
+        }
+    return result
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -187,7 +255,11 @@ def _table(result: dict[str, Any]) -> Table:
     failed = ", ".join(f"{count} {code}" for code, count in result["sample_errors"].items())
     table.add_row("sample", f"{result['num_sampled']} captioned on {result['device']}; failed: {failed or 'none'}")
     stages = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in result["seconds_per_image"].items())
-    table.add_row("ms an image", f"{stages} (one thread)")
+    table.add_row(
+        "ms an image",
+        f"{stages} (one thread); {1000 * result['feed_core_seconds_per_image']:.1f} of CPU time to fetch and decode, "
+        f"{1000 * result['read_seconds']:.1f} for a read to arrive",
+    )
     table.add_row("cluster", f"{result['num_cpus']} CPU cores, {result['num_gpus']} GPUs")
     table.add_row("rate", f"{result['images_per_s']:,.1f} images/s, limited by {result['bottleneck']}")
     hours = f"{duration_text(3600 * result['hours'])}; {result['cpu_hours']:,.1f} CPU-hours"
@@ -199,4 +271,18 @@ def _table(result: dict[str, Any]) -> Table:
         f"{result['num_get_requests']:,} GET, {result['num_put_and_list_requests']:,} PUT and LIST: "
         f"{result['requests_cost']:,.2f}",
     )
+    need, actor = result["actor_needs"], result["actor"]
+    table.add_row(
+        f"beside a {actor}",
+        f"of {result['actor_images_per_s']:,.1f} images/s ({result['actor_images_per_s_is']}; the rest is measured): "
+        f"{need['cores']:,.2f} cores to fetch and decode, {need['requests_in_flight']:,.1f} requests in flight, "
+        f"{need['mb_per_s']:,.2f} MB/s of files, {need['pixel_mb_per_s']:,.2f} MB/s of pixels from other nodes",
+    )
+    if (nodes := result["nodes"]) is not None:
+        table.add_row(
+            "nodes",
+            f"{nodes['num_nodes']:,} of {nodes['num_cpus']} CPU cores and {nodes['num_gpus']} GPUs caption in "
+            f"{duration_text(3600 * nodes['within_hours'])}, {nodes['images_per_s']:,.1f} images/s each, limited by "
+            f"{nodes['bottleneck']}; listing and joining come on top",
+        )
     return table

@@ -63,9 +63,10 @@ def sample(
 
 
 def _nucleus(probs_RV: Tensor, top_p: float) -> Tensor:
-    """The fewest most probable words that together have at least `top_p`; the others get 0."""
+    """The fewest most probable words that together have at least `top_p`, at least one; the others get 0."""
     if top_p >= 1:
         return probs_RV
     sorted_RV, word_RV = probs_RV.sort(-1, descending=True)
-    before_RV = sorted_RV.cumsum(-1) - sorted_RV
-    return torch.zeros_like(probs_RV).scatter(-1, word_RV, sorted_RV.masked_fill(before_RV >= top_p, 0.0))
+    left_out_RV = sorted_RV.cumsum(-1) - sorted_RV >= top_p
+    left_out_RV[:, 0] = False  # whatever a tiny `top_p` rounds to
+    return torch.zeros_like(probs_RV).scatter(-1, word_RV, sorted_RV.masked_fill(left_out_RV, 0.0))

@@ -108,7 +108,8 @@ def _routes(captions: Captions, backends: Mapping[str, Backend], metrics: Metric
         start_s = time.perf_counter()
         body = await read_body(request, options, captions, fetch)
         metrics.stage("read", body.read_s)
-        answer = await captions.caption(body.images, body.options)
+        model = body.options.model or captions.model_for(request.state.request_id)
+        answer = await captions.caption(model, body.images, body.options)
         first = answer.results[0]
         if len(answer.results) == 1 and isinstance(first, ImageError):
             raise image_problem(first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,12 +97,19 @@ class Captions:
             self._infos[model] = await self._backend(model).info()
         return self._infos[model]
 
-    async def caption(self, images: Sequence[bytes], options: Options) -> Answer:
+    def model_for(self, request_id: str) -> str:
+        """The model of a request that names none: the default one, or for its share of the ids, the canary."""
+        if self._config.canary_share is not None:
+            name, share = self._config.canary_share
+            if int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8]) < share * 2**64:
+                return name
+        return self.models[0]
+
+    async def caption(self, model: str, images: Sequence[bytes], options: Options) -> Answer:
         """A result for each image file, or what is wrong with it.
 
         Raises ProblemError for a request that gets no results.
         """
-        model = options.model or self.models[0]
         self.check_number(len(images))
         # The guard has kept room for the request, as one image.
         with self.room.of(len(images) - 1):

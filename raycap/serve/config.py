@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -23,6 +24,9 @@ class ServeConfig:
     model: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]BUNDLE ...")] = ()
     """Bundles, local or s3://, each under a name by which requests choose it; the first is what they get otherwise.
     A single one may go without a name. By default the one that ships with raycap."""
+    canary: str | None = None
+    """NAME=SHARE: this share of the requests that name no model goes to NAME, one of --model, instead of the first;
+    new=0.05, for instance. The request's id decides: the same X-Request-ID gets the same model."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every one of this machine's."""
     port: int = 8000
@@ -101,11 +105,22 @@ class ServeConfig:
         )
         names = [_split(text)[0] for text in self.model]
         require(len(set(names)) == len(names), f"--model: expected each name once, got {', '.join(names)}")
+        if self.canary is not None:
+            name, share = _split_share(self.canary)
+            require(
+                0 < share <= 1, f"--canary: expected NAME=SHARE with a share above 0 and up to 1, got {self.canary}"
+            )
+            require(name in names[1:], f"--canary: expected a name that --model gives after the first, got {name!r}")
 
     @property
     def bundles(self) -> dict[str, str | None]:
         """Location of each model by its name, the default one first; None is the bundle that ships with raycap."""
         return dict(map(_split, self.model)) or {DEFAULT_MODEL: None}
+
+    @property
+    def canary_share(self) -> tuple[str, float] | None:
+        """The canary's name, and its share of the requests that name no model."""
+        return None if self.canary is None else _split_share(self.canary)
 
     @property
     def limits(self) -> ImageLimits:
@@ -121,6 +136,15 @@ class ServeConfig:
 def _split(text: str) -> tuple[str, str]:
     named = _NAMED.fullmatch(text)
     return (named[1], named[2]) if named else (DEFAULT_MODEL, text)
+
+
+def _split_share(text: str) -> tuple[str, float]:
+    """The name and its share; one that is no number is NaN, which no check lets through."""
+    name, _, share = text.rpartition("=")
+    try:
+        return name, float(share)
+    except ValueError:
+        return name, math.nan
 
 
 def _flag(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What OpenAPI says of a caption request's body, which FastAPI cannot read off a function: it comes in three forms."""
+"""What OpenAPI says of bodies that FastAPI cannot read off a function: they come in several forms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from raycap.serve.problems import PROBLEM_JSON
-from raycap.serve.schemas import CaptionRequest, Options, ProblemDetails
+from raycap.serve.schemas import CaptionRequest, InferRequest, Options, ProblemDetails
 
 _REF = "#/components/schemas/{model}"
 _STATUSES = {
@@ -64,14 +64,26 @@ CAPTION_BODY: dict[str, Any] = {
 }
 
 
+INFER_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {"application/json": {"schema": {"$ref": _REF.format(model="InferRequest")}}},
+}
+INFER_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The outputs; those asked for as bytes follow the JSON",
+        "content": {"application/json": {}, "application/octet-stream": {}},
+    }
+}
+
+
 def add_request_schemas(app: FastAPI) -> None:
-    """Put the schemas that only `CAPTION_BODY` and `PROBLEMS` name among those of the application."""
+    """Put the schemas that only `CAPTION_BODY`, `INFER_BODY` and `PROBLEMS` name among those of the application."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
             named = models_json_schema(
-                [(CaptionRequest, "validation"), (ProblemDetails, "validation")], ref_template=_REF
+                [(model, "validation") for model in (CaptionRequest, InferRequest, ProblemDetails)], ref_template=_REF
             )[1]["$defs"]
             schema["components"]["schemas"] |= named
             app.openapi_schema = schema

@@ -13,7 +13,9 @@ class Options(BaseModel):
     # One image's options must not make it cost what hundreds do: the bounds are narrower than those of DecodingConfig.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str | None = Field(default=None, description="Name of the model; by default the first that is served.")
+    model: str | None = Field(
+        default=None, description="Name of the model; by default the first that is served, or its canary."
+    )
     beam_size: int | None = Field(default=None, ge=1, le=16, description="Beams of the search; 1 is greedy.")
     alternatives: int | None = Field(
         default=None,
@@ -68,6 +70,32 @@ class CaptionRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     images: Annotated[list[Base64Image | ImageAddress], Field(min_length=1)]
     options: Options = Options()
+
+
+class InputTensor(BaseModel):
+    """A tensor of a request; without data, its bytes follow the JSON."""
+
+    name: Literal["image"]
+    shape: list[int] = Field(min_length=1, max_length=2)
+    datatype: Literal["BYTES"]
+    parameters: dict[str, Any] = {}
+    data: list[Any] | None = None
+
+
+class RequestedOutput(BaseModel):
+    """A tensor to answer with."""
+
+    name: Literal["caption", "log_prob"]
+    parameters: dict[str, Any] = {}
+
+
+class InferRequest(BaseModel):
+    """What is asked of a model."""
+
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[RequestedOutput] = []
 
 
 class Alternative(BaseModel):

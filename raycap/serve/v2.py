@@ -11,11 +11,10 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 import raycap
@@ -23,38 +22,13 @@ from raycap.errors import ImageError
 from raycap.serve.body import checked, decode_base64
 from raycap.serve.captions import Answer, Captions
 from raycap.serve.health import Readiness
+from raycap.serve.openapi import INFER_ANSWER, INFER_BODY
 from raycap.serve.problems import ProblemError, image_problem, unavailable
-from raycap.serve.schemas import Options
+from raycap.serve.schemas import InferRequest, Options, RequestedOutput
 
 INPUT = "image"
 OUTPUTS = {"caption": "BYTES", "log_prob": "FP32"}
 JSON_LENGTH = "Inference-Header-Content-Length"
-
-
-class InputTensor(BaseModel):
-    """A tensor of a request; without data, its bytes follow the JSON."""
-
-    name: Literal["image"]
-    shape: list[int] = Field(min_length=1, max_length=2)
-    datatype: Literal["BYTES"]
-    parameters: dict[str, Any] = {}
-    data: list[Any] | None = None
-
-
-class RequestedOutput(BaseModel):
-    """A tensor to answer with."""
-
-    name: Literal["caption", "log_prob"]
-    parameters: dict[str, Any] = {}
-
-
-class InferRequest(BaseModel):
-    """What is asked of a model."""
-
-    id: str | None = None
-    parameters: dict[str, Any] = {}
-    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[RequestedOutput] = []
 
 
 def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
@@ -98,11 +72,11 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
         await check_ready(model)
         return {"name": model, "ready": True}
 
-    @routes.post("/models/{model}/infer")
+    @routes.post("/models/{model}/infer", responses=INFER_ANSWER, openapi_extra={"requestBody": INFER_BODY})
     async def infer(model: str, request: Request) -> Response:
         asked, images = _read(await request.body(), request.headers.get(JSON_LENGTH))
         given = {name: value for name, value in asked.parameters.items() if name in Options.model_fields}
-        answer = await captions.caption(images, checked(Options, given | {"model": model}))
+        answer = await captions.caption(model, images, checked(Options, given))
         for each in answer.results:
             if isinstance(each, ImageError):
                 raise image_problem(each)  # the protocol has no place for one image's error

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import socket
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from raycap.model.bundle import Bundle
 from raycap.model.captioner import Captioner
-from raycap.serve.api import create_app
 from raycap.serve.config import ServeConfig
-from raycap.serve.model import OnlineCaptioner, ServedModel
+from raycap.serve.model import OnlineCaptioner
 from tests.integration.test_report_browser import CONTRAST, browser, emulate, wait_until
+from tests.serving import running
 
 __all__ = ["browser"]  # the fixture
 
@@ -31,35 +26,14 @@ DOG = str(SAMPLES / "dog.jpg")
 KEY = "a-key-of-32-characters-0123456789"
 
 
-@contextmanager
-def running(config: ServeConfig) -> Iterator[str]:
-    """The application on a free port; gives its address."""
-    captioner = OnlineCaptioner(Bundle.load(), device="cpu")
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        server = uvicorn.Server(uvicorn.Config("", log_level="warning"))
-        started = threading.Event()
-
-        async def main() -> None:
-            model = ServedModel(captioner, batch_size=4, batch_wait_s=0.0)
-            server.config.app = create_app(config, {"default": model})
-            started.set()  # the socket listens already: what comes before the server waits in its queue
-            await server.serve([listening])
-            await model.close()
-
-        thread = threading.Thread(target=asyncio.run, args=(main(),))
-        thread.start()
-        started.wait()
-        try:
-            yield address
-        finally:
-            server.should_exit = True
-            thread.join()
+def shipped() -> OnlineCaptioner:
+    """A captioner with the model that ships with raycap."""
+    return OnlineCaptioner(Bundle.load(), device="cpu")
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with running(ServeConfig(max_body_mb=1.0)) as address:
+    with running(ServeConfig(max_body_mb=1.0), shipped()) as address:
         yield address
 
 
@@ -209,7 +183,7 @@ def test_what_goes_wrong_is_said(page: Any, tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_gone_is_said_and_asked_again(browser: Any, expected: Callable[[str], str]) -> None:
-    with running(ServeConfig()) as address:
+    with running(ServeConfig(), shipped()) as address:
         page = opened(browser, address)
     upload(page, DOG)
     answered(page)
@@ -220,7 +194,7 @@ def test_a_server_that_is_gone_is_said_and_asked_again(browser: Any, expected: C
 def test_a_key_is_asked_for(browser: Any, tmp_path: Path, expected: Callable[[str], str]) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"me {KEY}\n")
-    with running(ServeConfig(keys_file=str(keys))) as address:
+    with running(ServeConfig(keys_file=str(keys)), shipped()) as address:
         page = opened(browser, address)
         assert not one(page, "#key").is_displayed()
         upload(page, DOG)
