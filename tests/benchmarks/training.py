@@ -124,13 +124,16 @@ def main() -> None:
             "plain loop, 2 threads, before": plain_loop(config("plain"), 2),
             "1 worker of 2 threads": through_ray(config("one2", cpus_per_worker=2)),
             "plain loop, 2 threads, after": plain_loop(config("plain"), 2),
+            "plain loop, 1 thread, before": plain_loop(config("plain"), 1),
             "1 worker of 1 thread, before": through_ray(config("one1", cpus_per_worker=1)),
+            "plain loop, 1 thread, after": plain_loop(config("plain"), 1),
             "2 workers of 1 thread": through_ray(config("two1", cpus_per_worker=1, num_workers=2)),
             "1 worker of 1 thread, after": through_ray(config("one1-again", cpus_per_worker=1)),
         }
-    before, ray_2, after, one_before, two, one_after = rates.values()
-    rates["Ray over plain loop"] = ray_2 / ((before + after) / 2)
-    rates["2 workers over 1"] = two / ((one_before + one_after) / 2)
+    before, ray_2, after, before_1, ray_1, after_1, two, one_after = rates.values()
+    rates["Ray over plain loop, 2 threads"] = ray_2 / ((before + after) / 2)
+    rates["Ray over plain loop, 1 thread"] = ray_1 / ((before_1 + after_1) / 2)
+    rates["2 workers over 1"] = two / ((ray_1 + one_after) / 2)
     print(json.dumps({name: round(rate, 3) for name, rate in rates.items()}, indent=1))  # noqa: T201
 
 

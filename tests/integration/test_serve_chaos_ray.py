@@ -1,0 +1,163 @@
+"""The endpoint under load while its replicas are killed, and while another bundle takes the place of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions
+
+from raycap.model.bundle import Bundle
+from raycap.model.captioner import Captioner
+from raycap.serve.on_ray import build_app
+from tests.bundles import random_bundle
+from tests.commands import Command, process_title, wait_until
+from tests.integration.test_serve_ray import free_port, start_endpoint
+from tests.serving import JPEG, SAMPLES
+
+CHAOS_S = float(os.environ.get("RAYCAP_CHAOS_S", "20"))
+"""How long replicas are killed."""
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(600 + 2 * CHAOS_S),
+    pytest.mark.skipif("RAYCAP_CHAOS_S" not in os.environ, reason="wants an idle machine: RAYCAP_CHAOS_S=20"),
+]
+
+NUM_SENDERS = 6
+DEADLINE_S = 60.0
+PHOTOS = [path.read_bytes() for path in sorted(SAMPLES.glob("*.jpg"))]
+
+
+@dataclass
+class Answers:
+    """What came back so far."""
+
+    captions: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """By number of the photo and text."""
+    failures: Counter[str] = field(default_factory=Counter)
+    slowest_s: float = 0.0
+
+    def wait_for(self, num_captions: int) -> None:
+        """Return when so many more have come."""
+        enough = self.captions.total() + num_captions
+        wait_until(lambda: self.captions.total() >= enough, f"{num_captions} captions")
+
+
+@contextmanager
+def load(address: str) -> Iterator[Answers]:
+    """Senders that ask for captions until the block ends."""
+    answers, ends = Answers(), threading.Event()
+
+    def send(number: int) -> None:
+        with httpx.Client(base_url=address, headers=JPEG, timeout=2 * DEADLINE_S) as client:
+            while not ends.is_set():
+                number = (number + 1) % len(PHOTOS)
+                start_s = time.perf_counter()
+                try:
+                    answer = client.post("/v1/caption", content=PHOTOS[number])
+                except httpx.TransportError as error:
+                    answers.failures[type(error).__name__] += 1
+                    continue
+                finally:
+                    answers.slowest_s = max(answers.slowest_s, time.perf_counter() - start_s)
+                if answer.status_code == 200:
+                    answers.captions[number, answer.json()["results"][0]["caption"]] += 1
+                else:
+                    answers.failures[f"{answer.status_code} {answer.text[:200]}"] += 1
+
+    with ThreadPoolExecutor(NUM_SENDERS) as threads:
+        senders = [threads.submit(send, number) for number in range(NUM_SENDERS)]
+        try:
+            yield answers
+        finally:
+            ends.set()
+    for sender in senders:
+        sender.result()
+
+
+def captions_of(bundle: Bundle) -> set[tuple[int, str]]:
+    """Number of each photo and what the bundle says of it."""
+    captioner = Captioner(bundle, device="cpu")
+    found = captioner.caption([captioner.prepare(photo) for photo in PHOTOS])
+    return {(number, caption.text) for number, caption in enumerate(found)}
+
+
+def replicas(command: Command, deployment: str) -> list[int]:
+    """Process ids of what serves."""
+    title = f"ray::ServeReplica:raycap:{deployment}"
+    return [pid for pid in command.others() if process_title(pid).startswith(title)]
+
+
+def kill(pid: int) -> None:
+    """As the kernel does; return when it has ended."""
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not process_title(pid), "the end of what was killed")
+
+
+@pytest.mark.parametrize("deployment", ["model-default", "Ingress"])
+def test_replicas_that_die_cost_retries_and_nothing_else(
+    start: Callable[..., Command], tiny_bundle: str, deployment: str
+) -> None:
+    settings = ("--num-replicas", "2", "--num-ingress", "2", "--cpus-per-replica", "1", "--batch-size", "4")
+    command, address = start_endpoint(start, "--model", tiny_bundle, "--deadline-s", str(DEADLINE_S), *settings)
+    dice, num_killed = random.Random(0), 0
+    end_s = time.monotonic() + CHAOS_S
+    with load(address) as answers:
+        while time.monotonic() < end_s:
+            answers.wait_for(dice.randint(1, 60))
+            wait_until(lambda: bool(replicas(command, deployment)), "a replica to kill")
+            kill(dice.choice(replicas(command, deployment)))
+            num_killed += 1
+        wait_until(lambda: len(replicas(command, deployment)) == 2, "what takes the place of what was killed")
+        answers.wait_for(20)
+    assert num_killed >= 2
+    assert set(answers.captions) <= captions_of(Bundle.load(tiny_bundle))
+    assert answers.slowest_s <= DEADLINE_S + 10
+    unexpected = {each: count for each, count in answers.failures.items() if not is_retryable(each)}
+    assert not unexpected
+
+
+def is_retryable(failure: str) -> bool:
+    """Whether a client may ask again: 503, or a connection that was lost."""
+    return failure.startswith("503 ") or failure in ("ReadError", "RemoteProtocolError", "ConnectError")
+
+
+def test_a_bundle_takes_the_place_of_another_without_a_failed_request(
+    local_ray: None, tiny_bundle: str, tmp_path: Path
+) -> None:
+    other = str(tmp_path / "other")
+    random_bundle(seed=1).save(other)
+    old, new = captions_of(Bundle.load(tiny_bundle)), captions_of(Bundle.load(other))
+    assert old != new
+    settings = {"num_replicas": 2, "cpus_per_replica": 1, "batch_size": 4, "deadline_s": DEADLINE_S}
+
+    def deploy(location: str) -> None:
+        app = build_app({**settings, "model": [location], "device": "cpu"})
+        ray_serve.run(app, name="raycap", route_prefix="/")
+
+    port = free_port()
+    ray_serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port, request_timeout_s=DEADLINE_S + 10))
+    try:
+        deploy(tiny_bundle)
+        with load(f"http://127.0.0.1:{port}") as answers:
+            answers.wait_for(20)
+            assert set(answers.captions) <= old
+            deploy(other)
+            answers.wait_for(20)
+            wait_until(lambda: bool(set(answers.captions) - old), "captions of the new bundle")
+        assert not answers.failures
+        assert set(answers.captions) <= old | new
+    finally:
+        ray_serve.shutdown()
