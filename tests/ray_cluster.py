@@ -1,11 +1,13 @@
 """A Ray cluster of several nodes on this machine, each with processes of its own that can be killed and come back.
 
-The cluster asks for a token, as `ray start` has it by default; nobody's ~/.ray is read or written.
+On a `Network`, each has an address of its own and can be cut off; otherwise all are at 127.0.0.1. The cluster asks for
+a token, as `ray start` has it by default; nobody's ~/.ray is read or written.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -20,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.commands import clean_environment, end_with_parent, marked_processes, process_title, wait_until
+from tests.network import INTERFACE, Network, Port
 
 OBJECT_STORE_BYTES = 256 * 2**20
 _ADDRESS = "127.0.0.1"
@@ -28,7 +31,11 @@ _ADDRESS = "127.0.0.1"
 class Node:
     """One `ray start` with all its processes."""
 
-    def __init__(self, *arguments: str, num_cpus: int, env: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, *arguments: str, num_cpus: int, num_gpus: int, port: Port | None, env: dict[str, str], log: Path
+    ) -> None:
+        self.num_cpus, self.num_gpus, self.port = num_cpus, num_gpus, port
+        self.address = port.address if port else _ADDRESS
         self.mark = f"RAYCAP_TEST_NODE={uuid.uuid4()}"
         name, _, value = self.mark.partition("=")
         ray = Path(sysconfig.get_path("scripts")) / "ray"
@@ -36,11 +43,14 @@ class Node:
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [
-                    *(str(ray), "start", "--block", f"--num-cpus={num_cpus}", f"--node-ip-address={_ADDRESS}"),
-                    *("--num-gpus=0", f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"),
+                    *(port.enter if port else ()),
+                    *(str(ray), "start", "--block", f"--num-cpus={num_cpus}", f"--node-ip-address={self.address}"),
+                    *(f"--num-gpus={num_gpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"),
+                    "--disable-usage-stats",
                     *arguments,
                 ],
-                env=env | {name: value, "OMP_NUM_THREADS": "1"},
+                # Nodes share this machine's host name; Gloo would take what it stands for as the address of each.
+                env=env | {name: value, "OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": INTERFACE} if port else {}),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -62,36 +72,87 @@ class Node:
         titles = self.processes().items()
         return next((pid for pid, title in titles if title.split(" ")[0].endswith("/raylet")), None)
 
+    def node_id(self) -> str:
+        """What Ray calls it."""
+        titles = self.processes().values()
+        found = (re.search(r"/raylet .*--node_id=([0-9a-f]+)", title) for title in titles)
+        return next(match[1] for match in found if match)
+
+    def has_ended(self) -> bool:
+        """Whether it is down, be it that Ray took it out of the cluster."""
+        return self._process.poll() is not None
+
+    def crash(self) -> None:
+        """Kill its raylet as the kernel does, and when its workers have ended by that, the rest."""
+        raylet = self.raylet()
+        assert raylet is not None
+        os.kill(raylet, signal.SIGKILL)
+        wait_until(lambda: not any(title.startswith("ray::") for title in self.processes().values()), "its workers")
+        self.end()
+
+    def cut(self) -> None:
+        """Nothing comes from it and nothing reaches it; where there is no network to cut, it stands still."""
+        if self.port:
+            self.port.cut()
+        else:
+            self._signal(signal.SIGSTOP)
+
+    def heal(self) -> None:
+        """Undo `cut`."""
+        if self.port:
+            self.port.heal()
+        else:
+            self._signal(signal.SIGCONT)
+
     def end(self) -> None:
         """Kill all of it."""
         self._process.kill()
         self._process.wait()
         while pids := marked_processes(self.mark):  # one may start another meanwhile
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            _send(signal.SIGKILL, pids)
+
+    def _signal(self, number: signal.Signals) -> None:
+        _send(number, marked_processes(self.mark))
 
 
 class RayCluster:
     """A head and any number of further nodes; a context manager."""
 
-    def __init__(self, *, head_cpus: int, env: dict[str, str] | None = None) -> None:
-        """`env`: further environment of all nodes; S3 keys, for instance, which a driver does not hand on."""
+    def __init__(
+        self,
+        *,
+        head_cpus: int,
+        env: dict[str, str] | None = None,
+        network: Network | None = None,
+        with_dashboard: bool = False,
+    ) -> None:
+        """`env`: further environment of all nodes; S3 keys, for instance, which a driver does not hand on. The
+        dashboard takes jobs and Serve's config files."""
         self._head_cpus = head_cpus
+        self._network = network
+        self._with_dashboard = with_dashboard
         self._folder = tempfile.mkdtemp(prefix="raycap-ray-")  # short: Ray makes sockets below it
-        self._port, self._client_port = _free_ports(2)
+        self._port, self._client_port, self._dashboard_port = _free_ports(3)
+        self._head_at = network.add_port() if network else None
+        head = self._head_at.address if self._head_at else _ADDRESS
         self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         """What a driver needs besides the address."""
-        self.address = f"{_ADDRESS}:{self._port}"
+        self.address = f"{head}:{self._port}"
+        self.dashboard = f"http://{head}:{self._dashboard_port}"
         self.nodes: list[Node] = []
         self._node_env = clean_environment() | self.env | (env or {})
 
     def __enter__(self) -> RayCluster:
         ports = (f"--port={self._port}", f"--ray-client-server-port={self._client_port}")
+        dashboard = (f"--include-dashboard={str(self._with_dashboard).lower()}",)
+        if self._with_dashboard:
+            host = self.dashboard.removeprefix("http://").split(":")[0]
+            dashboard += (f"--dashboard-host={host}", f"--dashboard-port={self._dashboard_port}")
         try:
             self._start(
-                *("--head", *ports, "--include-dashboard=false", f"--temp-dir={self._folder}"),
+                *("--head", *ports, *dashboard, f"--temp-dir={self._folder}"),
                 num_cpus=self._head_cpus,
+                port=self._head_at,
             )
         except BaseException:
             self.end()
@@ -109,17 +170,29 @@ class RayCluster:
             node.end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add_node(self, *, num_cpus: int) -> Node:
-        """Start a further node; returns when it is part of the cluster."""
-        return self._start(f"--address={self.address}", num_cpus=num_cpus)
+    def add_node(self, *, num_cpus: int, num_gpus: int = 0) -> Node:
+        """Start a further node, with as many GPUs as it shall say that it has; returns when it is part of the
+        cluster."""
+        port = self._network.add_port() if self._network else None
+        return self._start(f"--address={self.address}", num_cpus=num_cpus, num_gpus=num_gpus, port=port)
+
+    def bring_back(self, node: Node) -> Node:
+        """Start another node at the address of one that has ended."""
+        self.nodes.remove(node)
+        return self._start(f"--address={self.address}", num_cpus=node.num_cpus, num_gpus=node.num_gpus, port=node.port)
 
     def processes(self) -> dict[int, str]:
         """Process id -> title on all nodes."""
         return {pid: title for node in self.nodes for pid, title in node.processes().items()}
 
-    def _start(self, *arguments: str, num_cpus: int) -> Node:
+    def logs(self) -> Path:
+        """The folder of all that Ray and what ran on it wrote."""
+        return Path(self._folder)
+
+    def _start(self, *arguments: str, num_cpus: int, num_gpus: int = 0, port: Port | None) -> Node:
         log = Path(self._folder) / f"node-{len(self.nodes)}.log"
-        node = Node(*arguments, num_cpus=num_cpus, env=self._node_env, log=log)
+        agent = f"--dashboard-agent-listen-port={_free_ports(1)[0]}"
+        node = Node(*arguments, agent, num_cpus=num_cpus, num_gpus=num_gpus, port=port, env=self._node_env, log=log)
         self.nodes.append(node)
         wait_until(node.is_up, "the start of a Ray node", every_s=0.1)
         return node
@@ -133,3 +206,9 @@ def _free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+def _send(number: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
