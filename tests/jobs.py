@@ -53,8 +53,8 @@ class Platform:
     def end(self) -> None:
         """Kill the commands that still run."""
         for process in self.commands:
-            process.kill()
-            process.communicate()
+            with process:  # which closes its output, and waits
+                process.kill()
 
     def ask(self, path: str, method: str = "GET", **params: Any) -> httpx.Response:
         """Ask the dashboard's interface."""
