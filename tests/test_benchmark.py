@@ -21,7 +21,7 @@ from raycap.benchmark.bulk import steady
 from raycap.benchmark.config import PARTS, BenchmarkConfig
 from raycap.benchmark.cpu import CpuClock, processes_under
 from raycap.benchmark.page import render
-from raycap.benchmark.parts import part_measures, read_images, share_of_equal_captions
+from raycap.benchmark.parts import engines_of, part_measures, read_images, share_of_equal_captions
 from raycap.benchmark.result import core_ms, load_medians, ratios
 from raycap.benchmark.table import print_result
 from raycap.benchmark.timing import Measure, Sample, measure, quotients, spread, timed
@@ -234,8 +234,8 @@ def test_images_are_those_that_can_be_read(photos: Path, captioner: Captioner, t
         read_images(open_store(str(tmp_path / "empty")), captioner, 3)
 
 
-def names(config: BenchmarkConfig, captioner: Captioner, plain: Captioner, files: list[bytes]) -> list[str]:
-    measures = part_measures(config, captioner, plain, files)
+def names(config: BenchmarkConfig, bundle: Bundle, files: list[bytes]) -> list[str]:
+    measures = part_measures(config, engines_of(bundle, config), files)
     measure(measures, 1)
     assert all(rate > 0 for each in measures for rate in each.rates)
     return [each.name for each in measures]
@@ -243,15 +243,32 @@ def names(config: BenchmarkConfig, captioner: Captioner, plain: Captioner, files
 
 def test_every_part_is_measured(photos: Path, captioner: Captioner) -> None:
     files = read_images(open_store(str(photos)), captioner, 9)
-    config = BenchmarkConfig(sources=("a",), batch_size=2)
-    assert names(config, captioner, captioner, files) == [
-        *("decode", "encode_chosen", "search_1_batch_64", "search_3_batch_64", "search_5_batch_64"),
-        *("search_3_batch_1", "search_3_batch_8", "path_chosen"),
+    config = BenchmarkConfig(sources=("a",), batch_size=2, device="cpu", engine="torch")
+    assert names(config, random_bundle(), files) == [
+        *("decode", "encode_chosen", "encode_plain", "search_1_batch_64", "search_3_batch_64", "search_5_batch_64"),
+        *("search_3_batch_1", "search_3_batch_8", "path_chosen", "path_plain"),
         *("path_1_batch_64", "path_3_batch_64", "path_3_batch_1"),
     ]
+
+
+def test_the_chosen_engine_is_measured_beside_pytorch(photos: Path, captioner: Captioner) -> None:
+    pytest.importorskip("onnxruntime")
+    files = read_images(open_store(str(photos)), captioner, 9)
+    config = BenchmarkConfig(sources=("a",), parts=("encode",), device="cpu", engine="onnx")
+    assert names(config, random_bundle(), files) == ["encode_chosen", "encode_torch", "encode_plain"]
+
+
+def test_plain_pytorch_is_the_network_as_it_is() -> None:
+    bundle = random_bundle()
+    engines = engines_of(bundle, BenchmarkConfig(sources=("a",), device="cpu", engine="torch"))
+    assert engines["chosen"] is engines["torch"]
+    assert engines["plain"].network.state_dict().keys() == bundle.network.state_dict().keys()
+    assert not any("running_mean" in name for name in engines["torch"].network.state_dict())
+
+
+def test_captions_are_compared(photos: Path, captioner: Captioner) -> None:
+    files = read_images(open_store(str(photos)), captioner, 9)
     other = Captioner(random_bundle(seed=1), device="cpu", engine="torch")
-    config = BenchmarkConfig(sources=("a",), parts=("encode",))
-    assert names(config, captioner, other, files) == ["encode_chosen", "encode_torch"]
     assert share_of_equal_captions(captioner, captioner, files, 2) == 1
     assert share_of_equal_captions(captioner, other, files, 2) < 1
 
@@ -265,9 +282,8 @@ def test_an_ensemble_is_measured_too(photos: Path, captioner: Captioner) -> None
         decoding=one.decoding,
     )
     files = read_images(open_store(str(photos)), captioner, 9)
-    both = Captioner(bundle, device="cpu", engine="torch")
-    config = BenchmarkConfig(sources=("a",), parts=("encode", "search"))
-    assert names(config, both, both, files)[:2] == ["encode_chosen", "search_1_batch_64"]
+    config = BenchmarkConfig(sources=("a",), parts=("encode", "search"), device="cpu", engine="torch")
+    assert names(config, bundle, files)[:3] == ["encode_chosen", "encode_plain", "search_1_batch_64"]
 
 
 # Tables and page
@@ -307,7 +323,7 @@ def test_tables_have_the_numbers(result: dict[str, Any]) -> None:
     assert re.search(r"tight loop, engine onnx +41\.3 +41\.3 +41\.3 +44\.0", text)
     assert re.search(r"\[red\]x\[/red\] +38\.0 +38\.0 +38\.0 +- ", text)
     assert re.search(r"over the tight loop +0\.92 ", text)
-    assert "the same caption as engine torch: 99.6% of the images" in text
+    assert "the same caption as plain PyTorch: 99.6% of the images" in text
     assert re.search(r"150% of saturation +60\.0 +1,500\.0 +2,900\.0 +3,200\.0 +34\.0% +0\.0% +16: 25%, 32: 75%", text)
     assert re.search(r"tight loop +- +4\.0 +10\.0 +30\.0 +- +- +44\.0", text)
     assert re.search(r"\[/red\] +7\.0 +5\.0 +10\.0 +30\.0 +- +- +52\.0", text)
@@ -340,10 +356,7 @@ def test_page_has_the_numbers_and_loads_nothing(result: dict[str, Any]) -> None:
 
 def test_page_of_a_single_part(result: dict[str, Any]) -> None:
     decode = {"decode": result["measurements"]["decode"]}
-    page = render(
-        result
-        | {"measurements": decode, "ratios": {}, "core_ms_per_image": {}, "loads": [], "share_of_equal_captions": None}
-    )
+    page = render(result | {"measurements": decode, "ratios": {}, "core_ms_per_image": {}, "loads": []})
     assert "Ratios" not in page
     assert "under load" not in page
     assert "Where the time goes" not in page

@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 
 from raycap.bulk.config import CaptionConfig
-from raycap.bulk.resources import FETCH_CPUS, Resources, plan_resources
+from raycap.bulk.layout import CHUNKS_PER_SHARD
+from raycap.bulk.resources import FETCH_CPUS, PLACES, Resources, plan_resources, plan_tasks
 from raycap.errors import ConfigurationError
 
 
@@ -104,3 +106,21 @@ def test_every_default_plan_can_be_placed() -> None:
             node["CPU"] -= found.cpus_per_actor
             node["GPU"] = node.get("GPU", 0) - found.gpus_per_actor
         assert max(node["CPU"] for node in free) >= found.cpus_per_fetch, (count, cpus, gpus)
+
+
+def test_few_chunks_are_a_task_each() -> None:
+    assert plan_tasks(np.array([0, 2, 5, 40]), 16) == [[0], [2], [5], [40]]
+
+
+def test_a_task_has_chunks_of_one_shard() -> None:
+    todo = np.delete(np.arange(100 * CHUNKS_PER_SHARD), 17)
+    tasks = plan_tasks(todo, 16)
+    assert sorted(chunk for task in tasks for chunk in task) == todo.tolist()
+    assert all(task == sorted(task) and len({chunk // CHUNKS_PER_SHARD for chunk in task}) == 1 for task in tasks)
+    assert len(tasks) == 100
+
+
+def test_tasks_that_run_together_are_from_all_over_the_listing() -> None:
+    tasks = plan_tasks(np.arange(6400 * CHUNKS_PER_SHARD), 64)
+    first = sorted(task[0] // CHUNKS_PER_SHARD for task in tasks[:PLACES])
+    assert first == [100 * place for place in range(PLACES)]

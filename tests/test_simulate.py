@@ -61,7 +61,7 @@ def test_losses_while_others_have_nothing_to_do_are_done_again() -> None:
         ({"driver_core_s": 0.032}, 8000, "driver"),  # 31.25 chunks of 256 a second
         ({"s3_partitions": 1}, 5500, "S3 GETs"),
         ({"s3_puts_per_s": 10}, 2560, "S3 PUTs"),
-        ({"actors_per_committer": 10, "s3_latency_s": 0.059}, 4000, "committers"),  # 1 of 64 ms a chunk
+        ({"actors_per_committer": 10, "commit_core_s": 0.064}, 4000, "committers"),  # 1 of 64 ms a chunk
     ],
     ids=lambda value: next(iter(value), "GPUs") if isinstance(value, dict) else "",
 )

@@ -6,9 +6,9 @@ Shapes: B images, S x S pixels, P grid cells, C channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from raycap.benchmark.config import BenchmarkConfig
 from raycap.benchmark.timing import Measure, timed
 from raycap.errors import ConfigurationError, ObjectError
 from raycap.model.beam import beam_search
+from raycap.model.bundle import Bundle
 from raycap.model.captioner import Captioner
-from raycap.model.network import CaptionNetwork
 from raycap.storage import Store
 
 BATCH_SIZE: Final = 64
@@ -46,10 +46,22 @@ def read_images(store: Store, captioner: Captioner, num_images: int) -> list[byt
     return files
 
 
-def part_measures(config: BenchmarkConfig, captioner: Captioner, plain: Captioner, files: list[bytes]) -> list[Measure]:
-    """The parts that were asked for, but for bulk. `plain` captions with engine torch, `captioner` as was chosen; they
-    may be the same."""
-    engines = {"chosen": captioner} | ({"torch": plain} if plain is not captioner else {})
+def engines_of(bundle: Bundle, config: BenchmarkConfig) -> dict[str, Captioner]:
+    """By name: "chosen" captions as `config` says, "torch" with engine torch (the same, if that was chosen), and
+    "plain" as anybody's PyTorch would, with the bundle's network as it is."""
+    chosen, torch_ = (
+        Captioner(bundle, device=config.device, precision=config.precision, engine=engine)
+        for engine in (config.engine, "torch")
+    )
+    plain = copy.copy(torch_)
+    plain.network = copy.deepcopy(bundle.network).to(torch_.device, torch_.dtype).eval()
+    return {"chosen": torch_ if chosen.engine == "torch" else chosen, "torch": torch_, "plain": plain}
+
+
+def part_measures(config: BenchmarkConfig, engines: Mapping[str, Captioner], files: list[bytes]) -> list[Measure]:
+    """The parts that were asked for, but for bulk and serve. `engines` is as of `engines_of`."""
+    captioner = engines["chosen"]
+    different = {name: each for name, each in engines.items() if name == "chosen" or each is not captioner}
     measures = []
     if "decode" in config.parts:
 
@@ -61,14 +73,14 @@ def part_measures(config: BenchmarkConfig, captioner: Captioner, plain: Captione
     if "encode" in config.parts or "search" in config.parts:
         pixels_BSSC = torch.stack([captioner.prepare(data) for data in files]).to(captioner.device)
         if "encode" in config.parts:
-            measures += [_encoder(name, each, pixels_BSSC, config.batch_size) for name, each in engines.items()]
+            measures += [_encoder(name, each, pixels_BSSC, config.batch_size) for name, each in different.items()]
         if "search" in config.parts:
             settings = [(beams, BATCH_SIZE) for beams in (1, 3, 5)] + [(3, size) for size in SMALL_BATCH_SIZES]
-            features = [_features(captioner, batch) for batch in pixels_BSSC.split(BATCH_SIZE)]
-            measures += [_search(captioner, features, beams, batch_size) for beams, batch_size in settings]
+            features = _features(captioner, pixels_BSSC)
+            measures += [_search(captioner, features, len(files), *setting) for setting in settings]
     if "path" in config.parts:
-        for name, each in engines.items():
-            measures.append(_path(f"path_{name}", f"tight loop, engine {each.engine}", each, files, config.batch_size))
+        for name, each in different.items():
+            measures.append(_path(f"path_{name}", f"tight loop, {_engine(name, each)}", each, files, config.batch_size))
         for beams, batch_size in ((1, BATCH_SIZE), (3, BATCH_SIZE), (3, 1)):
             other = copy.copy(captioner)  # the same network
             other.decoding = captioner.decoding.updated(beam_size=beams)
@@ -78,7 +90,7 @@ def part_measures(config: BenchmarkConfig, captioner: Captioner, plain: Captione
 
 
 def share_of_equal_captions(captioner: Captioner, plain: Captioner, files: Sequence[bytes], batch_size: int) -> float:
-    """Share of the images that both give the same caption."""
+    """Share of the images for which both give the same caption."""
     num_equal = 0
     for rows in _slices(len(files), batch_size):
         pixels = [captioner.prepare(data) for data in files[rows]]
@@ -93,24 +105,24 @@ def _encoder(name: str, captioner: Captioner, pixels_BSSC: Tensor, batch_size: i
         if captioner.device.type == "cuda":
             torch.cuda.synchronize(captioner.device)
 
-    title = f"encoder, engine {captioner.engine}"
+    title = f"encoder, {_engine(name, captioner)}"
     return _measure(f"encode_{name}", title, encode, len(pixels_BSSC), batch_size)
 
 
-def _search(captioner: Captioner, features: list[tuple[Tensor, ...]], beams: int, batch_size: int) -> Measure:
+def _search(
+    captioner: Captioner, features: Tensor | tuple[Tensor, ...], num_images: int, beams: int, batch_size: int
+) -> Measure:
     decoding = captioner.decoding.updated(beam_size=beams)
-    network = captioner._network
-    each_BPC = [torch.cat(of_encoder) for of_encoder in zip(*features, strict=True)]
+    decoder: Any = captioner.network.decoder
 
     def search(rows: slice) -> None:
-        batch = tuple(features_BPC[rows] for features_BPC in each_BPC)
-        if isinstance(network, CaptionNetwork):
-            beam_search(network.decoder, batch[0], decoding)
+        if isinstance(features, Tensor):
+            beam_search(decoder, features[rows], decoding)
         else:
-            beam_search(network.decoder, batch, decoding)
+            beam_search(decoder, tuple(features_BPC[rows] for features_BPC in features), decoding)
 
     title = f"search, {_setting(beams, batch_size)}"
-    return _measure(f"search_{beams}_batch_{batch_size}", title, search, len(each_BPC[0]), batch_size)
+    return _measure(f"search_{beams}_batch_{batch_size}", title, search, num_images, batch_size)
 
 
 def _path(name: str, title: str, captioner: Captioner, files: list[bytes], batch_size: int) -> Measure:
@@ -121,10 +133,9 @@ def _path(name: str, title: str, captioner: Captioner, files: list[bytes], batch
 
 
 @torch.inference_mode()
-def _features(captioner: Captioner, pixels_BSSC: Tensor) -> tuple[Tensor, ...]:
-    """Features [B, P, C] for each member of an ensemble, or the one of a single network."""
-    network = captioner._network
-    return (network.encoder(pixels_BSSC),) if isinstance(network, CaptionNetwork) else network._features(pixels_BSSC)
+def _features(captioner: Captioner, pixels_BSSC: Tensor) -> Tensor | tuple[Tensor, ...]:
+    each: list[Any] = [captioner.network.features(batch) for batch in pixels_BSSC.split(BATCH_SIZE)]
+    return torch.cat(each) if isinstance(each[0], Tensor) else tuple(map(torch.cat, zip(*each, strict=True)))
 
 
 def _measure(name: str, title: str, work: Callable[[slice], None], num_images: int, batch_size: int) -> Measure:
@@ -142,6 +153,10 @@ def _measure(name: str, title: str, work: Callable[[slice], None], num_images: i
 def _slices(num_images: int, batch_size: int) -> Iterator[slice]:
     for start in range(0, num_images, batch_size):
         yield slice(start, start + batch_size)
+
+
+def _engine(name: str, captioner: Captioner) -> str:
+    return "plain PyTorch" if name == "plain" else f"engine {captioner.engine}"
 
 
 def _setting(beams: int, batch_size: int) -> str:

@@ -11,6 +11,7 @@ from raycap.benchmark.timing import Measure, quotients, spread
 
 _RATIOS = {
     "engine": ("chosen engine over engine torch, tight loop", "path_chosen", "path_torch"),
+    "plain": ("chosen engine over plain PyTorch, tight loop", "path_chosen", "path_plain"),
     "engine_encoder": ("chosen engine over engine torch, encoder alone", "encode_chosen", "encode_torch"),
     "greedy": ("greedy over 3 beams, tight loop, batches of 64", "path_1_batch_64", "path_3_batch_64"),
     "batched": ("batches of 64 over image by image, tight loop", "path_3_batch_64", "path_3_batch_1"),

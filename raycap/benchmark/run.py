@@ -13,12 +13,11 @@ from rich.console import Console
 from raycap.benchmark.config import BenchmarkConfig
 from raycap.benchmark.machine import machine, versions
 from raycap.benchmark.page import render
-from raycap.benchmark.parts import part_measures, read_images, share_of_equal_captions
+from raycap.benchmark.parts import engines_of, part_measures, read_images, share_of_equal_captions
 from raycap.benchmark.result import core_ms, load_medians, ratios
 from raycap.benchmark.table import print_result
 from raycap.benchmark.timing import measure
 from raycap.model.bundle import Bundle
-from raycap.model.captioner import Captioner
 from raycap.storage import open_store, write_bytes
 
 log = logging.getLogger(__name__)
@@ -33,13 +32,11 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     for store in stores:
         store.check_readable()
     bundle = Bundle.load(config.model, s3=config.s3)
-    captioner = Captioner(bundle, device=config.device, precision=config.precision, engine=config.engine)
-    plain = captioner
-    if captioner.engine != "torch":
-        plain = Captioner(bundle, device=config.device, precision=config.precision, engine="torch")
+    engines = engines_of(bundle, config)
+    captioner = engines["chosen"]
     files = read_images(stores[0], captioner, config.num_images)
     log.info("%d images in memory; engine %s", len(files), captioner.engine)
-    measures = part_measures(config, captioner, plain, files)
+    measures = part_measures(config, engines, files)
     worker_ms: dict[str, list[dict[str, float]]] = {}
     if "bulk" in config.parts:
         from raycap.benchmark.bulk import bulk_measure  # Ray: only where it is needed
@@ -61,9 +58,9 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         "num_images": len(files),
         "measurements": {each.name: each.to_dict() for each in measures},
         "ratios": ratios(measures),
-        "share_of_equal_captions": round(share_of_equal_captions(captioner, plain, files, config.batch_size), 4)
-        if captioner is not plain
-        else None,
+        "share_of_equal_captions": round(
+            share_of_equal_captions(captioner, engines["plain"], files, config.batch_size), 4
+        ),
         "loads": load_medians(loads),
         "core_ms_per_image": core_ms(measures, worker_ms),
         "machine": machine(),

@@ -31,9 +31,8 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
         for each in result["ratios"].values():
             quotients.add_row(escape(each["title"]), *_cells(each["ratio"], 2))
         console.print(quotients)
-    if result["share_of_equal_captions"] is not None:
-        share = 100 * result["share_of_equal_captions"]
-        console.print(f"the same caption as engine torch: {share:.1f}% of the images", highlight=False)
+    share = 100 * result["share_of_equal_captions"]
+    console.print(f"the same caption as plain PyTorch: {share:.1f}% of the images", highlight=False)
     if result["loads"]:
         loads = _table("load on the endpoint", "asked/s", "p50, ms", "p99, ms", "bound, ms", "503", "failed", "batches")
         for each in result["loads"]:

@@ -1,15 +1,23 @@
-"""How a cluster is shared out between fetching and captioning. Plain arithmetic: Ray is not imported."""
+"""How a cluster is shared out between fetching and captioning, and the work into tasks. Ray is not imported."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Final
+
+import numpy as np
 
 from raycap.bulk.config import CaptionConfig
+from raycap.bulk.layout import CHUNKS_PER_SHARD
 from raycap.errors import ConfigurationError
 
 FETCH_CPUS = 0.25
 """CPUs that Ray reserves for a fetching task beside captioning actors on CPUs: decoding takes about a tenth of a core
 for each core that captions (3 to 5 ms against 40 an image)."""
+
+PLACES: Final = 64
+"""Of the listing, where tasks begin in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +100,17 @@ def _on_cpus(config: CaptionConfig, cores_by_node: list[int]) -> Resources:
         threads_per_actor=threads,
         cpus_per_fetch=cpus_per_fetch,
     )
+
+
+def plan_tasks(todo: np.ndarray, num_tasks: int) -> list[list[int]]:
+    """The chunks of each fetching task, in the order in which tasks begin; `todo` is int64, ascending.
+
+    Where there is enough to do for `num_tasks`, a task does up to CHUNKS_PER_SHARD chunks of one manifest shard, one
+    after another: the driver has fewer tasks to keep in mind. Tasks from many places of the listing take turns: S3
+    bounds the requests to each partition of a bucket, and neighbours are in one.
+    """
+    per_task = min(CHUNKS_PER_SHARD, max(1, len(todo) // num_tasks))
+    groups = groupby(todo.tolist(), key=lambda chunk: (chunk // CHUNKS_PER_SHARD, chunk % CHUNKS_PER_SHARD // per_task))
+    in_order = [list(group) for _, group in groups]
+    step = -(-len(in_order) // PLACES)
+    return [group for place in range(step) for group in in_order[place::step]]

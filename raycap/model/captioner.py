@@ -74,9 +74,9 @@ class Captioner:
         self.model_id = bundle.model_id
         self._vocabulary = bundle.vocabulary
         # A copy: the bundle stays as it is, whatever device, precision and engine this captioner takes.
-        self._network = copy.deepcopy(bundle.network)
+        self.network = copy.deepcopy(bundle.network)
         size_px = self.preprocessing.size_px
-        self.engine = use_engine(self._network, engine, size_px=size_px, device=self.device, dtype=self.dtype)
+        self.engine = use_engine(self.network, engine, size_px=size_px, device=self.device, dtype=self.dtype)
 
     @classmethod
     def load(
@@ -110,7 +110,7 @@ class Captioner:
         """
         if len(pixels) == 0:
             return []
-        return [self._to_caption(of_image) for of_image in self._network.search(self._batch(pixels), self.decoding)]
+        return [self._to_caption(of_image) for of_image in self.network.search(self._batch(pixels), self.decoding)]
 
     def caption_array(self, pixels_BHWC: np.ndarray) -> list[Caption]:
         """`caption` of a NumPy array, uint8 [B, size, size, 3]."""
@@ -133,7 +133,7 @@ class Captioner:
         if len(pixels) == 0:
             return []
         tokens = [self._vocabulary.encode(caption)[1:-1] for caption in captions]
-        weights = self._network.attend(self._batch(pixels), tokens)
+        weights = self.network.attend(self._batch(pixels), tokens)
         return None if weights is None else [weights_TRC.cpu().numpy() for weights_TRC in weights]
 
     def _batch(self, pixels: Tensor | Sequence[Tensor]) -> Tensor:

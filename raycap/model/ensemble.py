@@ -47,23 +47,23 @@ class EnsembleNetwork(nn.Module):
         """What this was made of, besides the encoders."""
         return list(zip(self.encoder_of, self.decoder.members, strict=True))
 
+    def features(self, pixels_BHWC: Tensor) -> tuple[Tensor, ...]:
+        """As `CaptionNetwork.features`, of each member."""
+        features = [encoder(pixels_BHWC) for encoder in self.encoders]
+        return tuple(features[index] for index in self.encoder_of)
+
     def search(self, pixels_BHWC: Tensor, config: DecodingConfig) -> list[list[Hypothesis]]:
         """As `CaptionNetwork.search`; log_prob is the logarithm of the product of each word's mean probability."""
-        return beam_search(self.decoder, self._features(pixels_BHWC), config)
+        return beam_search(self.decoder, self.features(pixels_BHWC), config)
 
     def attend(self, pixels_BHWC: Tensor, tokens: Sequence[Sequence[int]]) -> list[Tensor] | None:
         """As `CaptionNetwork.attend`, the mean over the members that attend, on the finest of their grids."""
         maps = [
             weights
-            for decoder, features_BPC in zip(self.decoder.members, self._features(pixels_BHWC), strict=True)
+            for decoder, features_BPC in zip(self.decoder.members, self.features(pixels_BHWC), strict=True)
             if (weights := attention_maps(decoder, features_BPC, tokens)) is not None
         ]
         return [_mean_map(of_image) for of_image in zip(*maps, strict=True)] if maps else None
-
-    def _features(self, pixels_BHWC: Tensor) -> tuple[Tensor, ...]:
-        """Each member's features."""
-        features = [encoder(pixels_BHWC) for encoder in self.encoders]
-        return tuple(features[index] for index in self.encoder_of)
 
 
 class EnsembleDecoder(nn.Module):

@@ -31,9 +31,14 @@ class CaptionNetwork(nn.Module):
         """The architecture that the two configs name, with random weights."""
         return cls(build_encoder(encoder), build_decoder(decoder))
 
+    def features(self, pixels_BHWC: Tensor) -> Tensor:
+        """What the decoder remembers of uint8 RGB pixels [B, H, W, 3]: the encoder's [B, P, C]."""
+        features_BPC: Tensor = self.encoder(pixels_BHWC)
+        return features_BPC
+
     def search(self, pixels_BHWC: Tensor, config: DecodingConfig) -> list[list[Hypothesis]]:
         """The best captions of each image, as `beam_search` gives them. Pixels are uint8 RGB [B, H, W, 3]."""
-        return beam_search(self.decoder, self.encoder(pixels_BHWC), config)
+        return beam_search(self.decoder, self.features(pixels_BHWC), config)
 
     def attend(self, pixels_BHWC: Tensor, tokens: Sequence[Sequence[int]]) -> list[Tensor] | None:
         """Where the decoder looks for each word of the caption `tokens` of each image, and for its end.
@@ -41,7 +46,7 @@ class CaptionNetwork(nn.Module):
         `tokens` are word ids, without <bos> and <eos>. Gives float32 [len(tokens) + 1, rows, cols] for each image,
         weights that sum to 1 over the encoder's grid in each step; None from a decoder without attention.
         """
-        return attention_maps(self.decoder, self.encoder(pixels_BHWC), tokens)
+        return attention_maps(self.decoder, self.features(pixels_BHWC), tokens)
 
 
 @torch.inference_mode()

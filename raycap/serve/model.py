@@ -17,7 +17,6 @@ from torch import Tensor
 
 from raycap.images import Preprocessing
 from raycap.model.captioner import Captioner
-from raycap.model.ensemble import EnsembleNetwork
 from raycap.model.sampling import sample
 from raycap.model.vocabulary import BOS, PAD
 from raycap.serve.backend import Array, ModelChangedError, ModelInfo, Result
@@ -49,8 +48,8 @@ class OnlineCaptioner(Captioner):
         """Captions of one image, which with a seed do not depend on the others of its batch; each text once."""
         generator = torch.Generator(self.device)
         _ = generator.seed() if options.seed is None else generator.manual_seed(options.seed)
-        features = self._features(pixels_1HWC)
-        decoder: Any = self._network.decoder
+        network: Any = self.network
+        decoder, features = network.decoder, network.features(pixels_1HWC)
         tokens_RT, _ = sample(
             decoder,
             features,
@@ -63,13 +62,6 @@ class OnlineCaptioner(Captioner):
         log_prob_R = _log_prob(decoder, features, tokens_RT)
         drawn = zip(map(self._vocabulary.decode, tokens_RT.tolist()), log_prob_R.tolist(), strict=True)
         return tuple({text: (text, log_prob) for text, log_prob in drawn}.values())
-
-    def _features(self, pixels_BHWC: Tensor) -> Any:
-        network = self._network
-        if not isinstance(network, EnsembleNetwork):
-            return network.encoder(pixels_BHWC)
-        each = [encoder(pixels_BHWC) for encoder in network.encoders]
-        return tuple(each[index] for index in network.encoder_of)
 
 
 def _log_prob(decoder: Any, features: Any, tokens_RT: Tensor) -> Tensor:

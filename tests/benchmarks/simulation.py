@@ -116,7 +116,7 @@ class Captioning:
             "driver": _Shared(1 / world.driver_core_s),
             "S3 GETs": _Shared(world.s3_gets_per_s * self._partitions()),
             "S3 PUTs": _Shared(world.s3_puts_per_s),
-            "committers": _Shared(committers / (world.s3_latency_s + world.commit_core_s)),
+            "committers": _Shared(committers * self._commits_per_s()),
         }
         self.committed: list[tuple[int, int]] = []
         self.num_losses, self.captions_lost, self.reads_lost, self.caption_s, self.feed_s = 0, 0.0, 0.0, 0.0, 0.0
@@ -135,6 +135,11 @@ class Captioning:
             (tasks * world.requests_in_flight / world.s3_latency_s, "requests in flight"),
             (1e6 * world.node_mb_per_s / world.image_bytes, "network"),
         )
+
+    def _commits_per_s(self) -> float:
+        """Chunks a second of one committer, which writes as many at a time as it has actors, with one core."""
+        world = self.world
+        return min(world.actors_per_committer / (world.s3_latency_s + world.commit_core_s), 1 / world.commit_core_s)
 
     def _partitions(self) -> float:
         """How many partitions of the bucket are read at a time, on average."""

@@ -41,7 +41,7 @@ class World:
     commit_core_s: float = 0.005
     """Of a committer for each chunk. Measured."""
     actors_per_committer: int = 4
-    """Of bulk/on_ray.py, which knows Ray and so is not imported here."""
+    """And how many it writes at a time. Of bulk/on_ray.py, which knows Ray and so is not imported here."""
     join_core_s: float = 0.0025
     """Of reading, checking and joining each chunk. Measured."""
     row_bytes: float = 150.0
@@ -55,8 +55,8 @@ class World:
     """The same of PUT requests; all chunks of a run have one prefix."""
     s3_partitions: int = 16
     """That S3 has cut the source's keys into, evenly. Assumed; S3 cuts as it sees load and tells nobody."""
-    in_key_order: bool = True
-    """As raycap reads: what is in flight lies side by side in the listing. False: spread over all partitions."""
+    in_key_order: bool = False
+    """What is in flight lies side by side in the listing. False, as raycap reads: spread over all partitions."""
     requests_in_flight: int = 16
     """Of each fetching task: the default of `raycap caption`."""
 
