@@ -69,7 +69,14 @@ def create_app(
 
 def _routes(captions: Captions, backends: Mapping[str, Backend], metrics: Metrics, fetch: Fetch | None) -> FastAPI:
     # No /docs: FastAPI's page loads its scripts from elsewhere.
-    app = FastAPI(title="raycap", version=raycap.__version__, summary="Image captioning", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="raycap",
+        version=raycap.__version__,
+        summary="Image captioning",
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
+    )
 
     async def problem(request: Request, error: Exception) -> Response:
         found = _as_problem(error)

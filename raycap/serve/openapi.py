@@ -46,6 +46,7 @@ CAPTION_BODY: dict[str, Any] = {
     "content": {
         "multipart/form-data": {"schema": _form()},
         "image/*": {"schema": _FILE},
+        "application/octet-stream": {"schema": _FILE},
         "application/json": {
             "schema": {"$ref": _REF.format(model="CaptionRequest")},
             "examples": {
