@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import httpx2 as httpx
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from raycap import cli
 from raycap.errors import ConfigurationError
@@ -105,6 +108,28 @@ def test_says_the_same_when_asked_by_many_and_batches_them(endpoint: str, wanted
     num_images, sum_of_sizes = (after - earlier for after, earlier in zip(batches(endpoint), before, strict=True))
     assert num_images == len(PHOTOS)
     assert num_images < sum_of_sizes <= BATCH_SIZE * num_images
+
+
+def test_says_of_200_images_what_the_bulk_job_says(
+    start: Callable[..., Command], client: Client, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photos = [Image.open(path) for path in PHOTOS]
+    for number in range(200):  # parts of the sample photos, of many sizes and shapes
+        photo, dice = photos[number % len(photos)], random.Random(number)
+        left, top = (dice.uniform(0, 0.5) for _ in range(2))
+        right, bottom = (dice.uniform(0.6, 1) for _ in range(2))
+        box = (left * photo.width, top * photo.height, right * photo.width, bottom * photo.height)
+        photo.crop(tuple(map(round, box))).save(folder / f"{number:03d}.jpg")
+    code, _, err = start("caption", str(folder), str(tmp_path / "out"), "--no-report").finish()
+    assert code == cli.EXIT_OK, err
+    rows = sorted(pq.read_table(tmp_path / "out" / "captions").to_pylist(), key=lambda row: row["key"])
+    files = sorted(folder.iterdir())
+    answers = [client.caption(files[first : first + 20]) for first in range(0, len(files), 20)]
+    results = [result for answer in answers for result in answer.results]
+    assert [result.caption for result in results if isinstance(result, Captioned)] == [row["caption"] for row in rows]
+    assert len({row["caption"] for row in rows}) > 50
 
 
 def batches(endpoint: str) -> tuple[float, float]:
