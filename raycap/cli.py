@@ -104,20 +104,26 @@ def _parse(argv: Sequence[str]) -> object:
             )
     except SystemExit as stop:
         if not stop.code:
+            sys.stdout.write(f"\n{_ABOUT_OPTIONS_FILE}\n")
             raise
         raise ConfigurationError(_one_line(complaint.getvalue())) from None
 
 
+_ABOUT_OPTIONS_FILE = "Options may stand in a TOML file: --config FILE.toml. The command line wins."
+
+
 def _with_options_file(argv: Sequence[str]) -> list[str]:
-    """The arguments, with `--config FILE.toml` replaced by the options in that file; those of the command line follow,
-    and so win.
+    """The arguments, with `--config FILE.toml` or `--config=FILE.toml` replaced by the options in that file; those of
+    the command line follow, and so win.
 
     Raises ConfigurationError if the file cannot be read.
     """
-    given = list(argv)
-    if "--config" not in given[1:-1]:
+    given = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in given[1:]:
         return given
     place = given.index("--config")
+    if place + 1 == len(given):
+        raise ConfigurationError("--config: expected a TOML file, got nothing")
     path = given[place + 1]
     try:
         options = tomllib.loads(Path(path).read_text())

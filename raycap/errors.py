@@ -9,7 +9,7 @@ The tree::
     │   ├── CredentialsError        keys missing, unknown, expired, or not allowed to do this at all
     │   ├── NotFoundError           no such bucket, prefix, directory or file
     │   ├── EndpointError           the S3 endpoint cannot be reached or does not speak S3
-    │   └── ConditionalWritesUnsupportedError   the S3 server cannot write on a condition
+    │   └── ConditionalWritesUnsupportedError   the S3 server or file system cannot write on a condition
     ├── ProblemError                (raycap.serve) a request to the endpoint that gets a problem as its answer
     ├── AnswerError                 (raycap.serve.client) what a client got instead of captions
     └── ObjectError                 one object failed: it becomes a row with `code`, never a dead job
@@ -62,7 +62,7 @@ class EndpointError(StorageError):
 
 
 class ConditionalWritesUnsupportedError(StorageError):
-    """The S3 server does not know conditional writes (If-Match, If-None-Match)."""
+    """The S3 server does not know conditional writes (If-Match, If-None-Match), or the file system has no locks."""
 
 
 class ObjectError(RaycapError):

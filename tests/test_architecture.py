@@ -36,6 +36,8 @@ TORCH_FREE = [
     "raycap.readahead",
     "raycap.ensemble.config",
     "raycap.train.config",
+    "raycap.train.pixels",
+    "raycap.train.resources",
     "raycap.bulk.config",
     "raycap.bulk.manifest",
     "raycap.bulk.rows",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raycap.errors import ConfigurationError
 from raycap.model.beam import STEPS_BETWEEN_LOOKS, Hypothesis, beam_search
 from raycap.model.config import DecoderKind, DecodingConfig
 from raycap.model.decoder import Decoder
+from raycap.model.sampling import sample
 from raycap.model.vocabulary import BOS, EOS, PAD, UNKNOWN
 from tests.naive import naive_beam_search, naive_log_prob
 from tests.small import KINDS, small_decoder, small_features, small_vocabulary
@@ -53,6 +56,27 @@ def test_looking_less_often_changes_nothing(beam_size: int, monkeypatch: pytest.
         monkeypatch.setitem(STEPS_BETWEEN_LOOKS, "cpu", 4)
         for one, other in zip(beam_search(decoder, features_BPC, config), often, strict=True):
             assert_same(one, other)
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_list_is_an_index() -> None:
+    """On a GPU it would be copied there in each step, and a copy waits for all that was begun before it."""
+    with Calls() as calls:
+        beam_search(small_decoder(), small_features(), DecodingConfig())
+        sample(small_decoder(), small_features(), num_samples=2, max_length=5)
+    assert {"topk", "multinomial"} <= calls.names
+    assert not {"index_put_", "_index_put_impl_"} & calls.names
 
 
 @pytest.mark.parametrize("kind", KINDS)

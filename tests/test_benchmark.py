@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from torch import Tensor
 
 from raycap.benchmark.breakdown import STAGES, of_bulk, of_path
 from raycap.benchmark.bulk import steady
@@ -23,6 +24,7 @@ from raycap.benchmark.cpu import CpuClock, processes_under
 from raycap.benchmark.page import render
 from raycap.benchmark.parts import engines_of, part_measures, read_images, share_of_equal_captions
 from raycap.benchmark.result import core_ms, load_medians, ratios
+from raycap.benchmark.run import benchmark
 from raycap.benchmark.table import print_result
 from raycap.benchmark.timing import Measure, Sample, measure, quotients, spread, timed
 from raycap.cli import _parse
@@ -77,6 +79,14 @@ def test_sources_and_parts_reach_the_config() -> None:
     assert _parse(["benchmark", "photos"]) == BenchmarkConfig(sources=("photos",), parts=PARTS)
 
 
+def test_what_serve_needs_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "raycap.benchmark.serve", raising=False)
+    monkeypatch.delitem(sys.modules, "raycap.benchmark.load", raising=False)
+    monkeypatch.setitem(sys.modules, "httpx2", None)  # as if it were not installed
+    with pytest.raises(ConfigurationError, match=r"not installed \(httpx2\): pip install 'raycap\[serve\]', or leave"):
+        benchmark(BenchmarkConfig(sources=("no-such-folder",)))
+
+
 # Rounds and ratios
 
 
@@ -112,6 +122,11 @@ def test_ratios_are_told_where_both_sides_were_measured() -> None:
     assert (found["bulk_1"]["above"], found["bulk_1"]["below"]) == ("bulk_1", "path_chosen")
     assert found["bulk_1"]["ratio"]["rounds"] == [0.95, 1.05]
     assert found["bulk_1"]["ratio"]["median"] == 1.0
+
+
+def test_the_share_of_the_encoder_is_told() -> None:
+    found = ratios([of("path_chosen", (40, None)), of("encode_chosen", (100, None))])
+    assert found["encoder_share"]["ratio"]["median"] == 0.4
 
 
 def test_work_is_timed_in_this_process() -> None:
@@ -256,6 +271,21 @@ def test_the_chosen_engine_is_measured_beside_pytorch(photos: Path, captioner: C
     files = read_images(open_store(str(photos)), captioner, 9)
     config = BenchmarkConfig(sources=("a",), parts=("encode",), device="cpu", engine="onnx")
     assert names(config, random_bundle(), files) == ["encode_chosen", "encode_torch", "encode_plain"]
+
+
+def test_the_encoder_is_measured_in_whole_batches(photos: Path, captioner: Captioner) -> None:
+    files = read_images(open_store(str(photos)), captioner, 9) * 14
+    config = BenchmarkConfig(sources=("a",), parts=("encode",), batch_size=len(files), device="cpu", engine="torch")
+    engines = engines_of(random_bundle(), config)
+    network, sizes = engines["chosen"].network, []
+
+    def features(pixels_BSSC: Tensor) -> Any:
+        sizes.append(len(pixels_BSSC))
+        return type(network).features(network, pixels_BSSC)
+
+    network.features = features  # type: ignore[assignment, method-assign]
+    measure(part_measures(config, {"chosen": engines["chosen"]}, files), 1)
+    assert set(sizes) == {len(files)}
 
 
 def test_plain_pytorch_is_the_network_as_it_is() -> None:

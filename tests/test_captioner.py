@@ -141,7 +141,7 @@ def test_a_wrong_array_is_named(dtype: type) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "gpu"}, "device 'gpu' is not available here: .*use --device auto or cpu"),
+        ({"device": "gpu"}, "device 'gpu' is not available here: .*use --device cpu"),
         ({"device": ""}, "device '' is not available here"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available here"),
         ({"device": "cpu", "precision": "float16"}, "float16 needs a GPU; on a CPU use --precision float32"),

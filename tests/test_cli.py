@@ -137,6 +137,22 @@ def test_defaults_of_the_command_are_those_of_the_config() -> None:
     assert parsed("caption", "in", "out") == CaptionConfig(source="in", output="out")
 
 
+@pytest.mark.parametrize("given", [["--config", "{}"], ["--config={}"]], ids=str)
+def test_options_may_stand_in_a_file_and_the_command_line_wins(tmp_path: Path, given: list[str]) -> None:
+    (tmp_path / "a=b.toml").write_text('beam-size = 5\nbatch_size = 7\nreport = false\nmodel = "m"')
+    words = [word.format(tmp_path / "a=b.toml") for word in given]
+    for arguments in ((*words, "in", "out"), ("in", "out", *words)):
+        config = parsed("caption", *arguments, "--batch-size", "9")
+        assert config == CaptionConfig(source="in", output="out", beam_size=5, batch_size=9, report=False, model="m")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_of_the_file(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--config FILE.toml" in help_of(command, capsys, monkeypatch)
+
+
 # Mistakes
 
 
@@ -160,6 +176,8 @@ def test_defaults_of_the_command_are_those_of_the_config() -> None:
             "expected an S3 endpoint like http://host:port, got 'minio'",
         ),
         (["train"], "Missing from raycap train: --annotations"),
+        (["train", "--config"], "--config: expected a TOML file, got nothing"),
+        (["train", "--config=none.toml"], "--config: cannot read none.toml: No such file"),
         (["evaluate", "--annotations", "a.json"], "give either --images"),
         (["report"], "Missing from raycap report: OUTPUT"),
     ],

@@ -197,7 +197,7 @@ def runtime_env_problems(cluster: Path) -> Iterator[str]:
     pins = set(environment.get("pip", ()))
     wanted = {
         f"{name}=={constraints()[name]}"
-        for name in map(package, project()["dependencies"])
+        for name in map(package, [*project()["dependencies"], *project()["optional-dependencies"]["onnx"]])
         if name not in ("numpy", "pyarrow", "ray", "torch", "torchvision")  # the image has them
     }
     yield from (f"{pin}: not what constraints.txt and pyproject.toml say" for pin in sorted(pins ^ wanted))
@@ -262,7 +262,7 @@ PLANTED = [
     ("kuberay", "kuberay/base/cluster.yaml", "runAsNonRoot: true", "runAsNonRoot: false", "securityContext"),
     ("kuberay", "kuberay/base/cluster.yaml", "limits: *head", "limits: {cpu: 4}", "resources"),
     ("kuberay", "kuberay/caption/job.yaml", "ray.io/v1", "ray.io/v2", "ray.io/v2 RayJob is not known"),
-    ("kuberay", "kuberay/caption/job.yaml", "backoffLimit: 5", "backoffLimit: five", "is not of type 'integer'"),
+    ("kuberay", "kuberay/caption/job.yaml", "backoffLimit: 2", "backoffLimit: two", "is not of type 'integer'"),
     ("kuberay", "kuberay/train/job.yaml", "kind: RayJob", "kind: RayJobs", "RayJobs is not known"),
     ("kuberay", "kuberay/train/kustomization.yaml", "{name: raycap-train}", "{name: train}", "no ConfigMap train"),
     ("kuberay", "kuberay/serve/kustomization.yaml", "service.yaml]", "services.yaml]", "services.yaml"),
@@ -321,7 +321,23 @@ def test_versions_are_those_of_the_package() -> None:
 def test_extras_that_are_installed_exist() -> None:
     extras = found(r"--extra (\w+)", "Dockerfile")
     assert extras == set(found(r"\.whl\[([\w,]+)\]", "aws.yaml").pop().split(","))
+    assert "onnx" in extras, "without it, a CPU takes more than twice as long for the encoder"
     assert extras <= project()["optional-dependencies"].keys()
+
+
+@needs_kubectl
+def test_a_cluster_ends_with_its_job() -> None:
+    """KubeRay keeps it, GPU nodes too, for this long after the job."""
+    for overlay in ("caption", "train"):
+        spec = the("RayJob", built(CLUSTER / "kuberay" / overlay))["spec"]
+        assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] <= 60
+
+
+def test_the_head_may_look_up_amis() -> None:
+    """EC2 asks it for that right where an image is named by a parameter, for each worker."""
+    assert "resolve:ssm:" in text_of("aws.yaml")
+    for text in (text_of("aws.yaml"), (ROOT / "docs" / "cluster.md").read_text()):
+        assert "ssm:GetParameters" in text
 
 
 def test_the_image_is_sent_what_it_takes() -> None:
@@ -350,11 +366,13 @@ def test_jobs_are_commands_with_their_options() -> None:
     (copied,) = found(r"COPY jobs (\S+)", "Dockerfile")
     caption = the("RayJob", built(CLUSTER / "kuberay" / "caption"))["spec"]["entrypoint"]
     compose = yaml.safe_load(text_of("compose.yaml"))["services"]["caption"]["command"].partition(" -- ")[2]
-    for entrypoint in (caption, compose):
+    # A job for GPUs is refused where there are none yet: it would run on CPUs to its end.
+    for entrypoint, device in ((caption, "cuda"), (compose, "auto")):
         python, script, *arguments = shlex.split(entrypoint)
         assert (python, script) == ("python", f"{copied}/caption.py")
         command: Any = cli._parse(["caption", *arguments])
         assert command.output.startswith("s3://")
+        assert command.device == device
     assert settings["SOURCE"] in caption and settings["OUTPUT"] in caption
 
     resources = built(CLUSTER / "kuberay" / "train")

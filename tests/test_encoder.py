@@ -12,6 +12,7 @@ from raycap.model.config import EncoderConfig
 from raycap.model.encoder import OFFLINE_ENCODERS, Encoder, build_encoder, named_encoder, pretrained_encoder
 from tests.hostile import base_picture, encode
 from tests.small import small_encoder
+from tests.training import assert_equal, copied
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +172,25 @@ def test_frozen_stages_are_the_first_ones(name: str, stages: list[str]) -> None:
             assert of_stage <= (frozen if index <= num_stages else learning), (num_stages, prefix)
     with pytest.raises(ConfigurationError, match=f"encoder {name} has . stages; 20 of them cannot be frozen"):
         encoder.freeze(20)
+
+
+@pytest.mark.parametrize(
+    ("name", "idle"),
+    [
+        ("timm:convnext_atto", {"backbone.model.head.norm.weight", "backbone.model.head.norm.bias"}),
+        ("timm:mobilenetv3_small_050", {"backbone.model.conv_head.weight", "backbone.model.conv_head.bias"}),
+        ("timm:resnet18", set()),
+    ],
+)
+@pytest.mark.parametrize("num_stages", [0, 1])
+def test_what_the_features_do_not_depend_on_does_not_learn(name: str, idle: set[str], num_stages: int) -> None:
+    """Workers that exchange gradients would wait for those that never come."""
+    encoder, _ = named_encoder(name, pretrained=False)
+    before = copied(encoder)
+    assert idle <= before.keys()
+    encoder.freeze(num_stages)
+    assert_equal(copied(encoder), before)
+    encoder(torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).sum().backward()
+    for parameter_name, parameter in encoder.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), parameter_name
+        assert parameter_name not in idle or not parameter.requires_grad

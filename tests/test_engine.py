@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import onnx
 import pytest
@@ -21,7 +27,7 @@ from raycap.model.config import DecodingConfig, EncoderConfig, Engine
 from raycap.model.encoder import Encoder, named_encoder
 from raycap.model.engine import use_engine
 from raycap.model.engine_onnx import OnnxEncoder, onnx_encoder
-from raycap.model.engine_trial import TOLERANCE, Trial
+from raycap.model.engine_trial import LOW_PRECISION_TOLERANCE, TF32_TOLERANCE, TOLERANCE, Trial, tolerance
 from raycap.model.ensemble import EnsembleNetwork
 from raycap.model.network import CaptionNetwork
 from tests.small import KINDS, PatchMean, lite0_bundle, small_bundle, small_decoder, small_encoder, small_vocabulary
@@ -129,6 +135,10 @@ def test_the_captions_are_those_of_the_network(kind: str, engine: Engine) -> Non
 def test_the_captions_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     assert_same_captions(small_bundle(), "compile", pictures(8))
+    captioner = Captioner(small_bundle(), device="cpu", engine="compile")
+    with torch.compiler.set_stance("fail_on_recompile"):  # all is compiled when it is made
+        for num_images in (8, 1, 5):
+            captioner.caption(pictures(num_images))
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
@@ -155,12 +165,18 @@ def test_the_features_of_other_encoders(name: str, engine: Engine) -> None:
     torch.testing.assert_close(features_BPC, expected_BPC, rtol=0, atol=TOLERANCE * float(expected_BPC.abs().max()))
 
 
-def test_auto_is_onnx_in_float32_on_a_cpu_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_onnx_in_float32_on_a_cpu_and_torch_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     bundle = small_bundle()
     assert Captioner(bundle, device="cpu").engine == "onnx"
     assert Captioner(bundle, device="cpu", precision="bfloat16").engine == "torch"
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    advice = "than ONNX Runtime would: pip install 'raycap[onnx]'"
+    assert advice not in caplog.text
     assert Captioner(bundle, device="cpu").engine == "torch"
+    assert advice in caplog.text
     with pytest.raises(ConfigurationError, match=r"engine onnx needs ONNX Runtime: pip install 'raycap\[onnx\]'"):
         Captioner(bundle, device="cpu", engine="onnx")
 
@@ -193,6 +209,16 @@ def test_what_onnx_cannot_do_runs_on_torch(
     assert [c.text for c in captioner.caption(pictures(3))] == [bundle.vocabulary.decode(h[0].tokens) for h in expected]
     with pytest.raises(ConfigurationError, match=message):
         Captioner(bundle, device="cpu", engine="onnx")
+
+
+def test_how_far_features_may_be_off_depends_on_the_arithmetic() -> None:
+    cuda = torch.device("cuda")
+    assert [tolerance(*each) for each in ((CPU, torch.float32), (cuda, torch.float32), (cuda, torch.bfloat16))] == [
+        TOLERANCE,
+        TF32_TOLERANCE,
+        LOW_PRECISION_TOLERANCE,
+    ]
+    assert TOLERANCE < TF32_TOLERANCE < LOW_PRECISION_TOLERANCE
 
 
 def test_batch_normalisation_is_folded_where_it_may_be() -> None:
@@ -258,6 +284,38 @@ def test_it_works_without_a_cache(
     assert_same_captions(small_bundle(), "onnx", pictures(8))
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
     assert warning.startswith("the exported encoder is not kept for the next start: ")
+
+
+def test_what_does_not_fit_on_the_disk_is_exported_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full_disk(descriptor: int) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(os, "fsync", full_disk)
+    onnx_encoder(encoder := small_encoder(), Trial(encoder, 16))
+    exported, not_kept = (record.getMessage() for record in caplog.records)
+    assert exported == "exporting encoder small to ONNX"
+    assert "is not kept for the next start: [Errno 28] No space left on device; RAYCAP_CACHE_DIR sets where" in not_kept
+
+
+def test_onnx_runtime_of_another_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu brings the same package, and metadata of another name."""
+
+    def from_name(name: str) -> NoReturn:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(Distribution, "from_name", from_name)
+    assert Captioner(small_bundle(), device="cpu").engine == "onnx"
+
+
+def test_a_broken_onnx_runtime_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    broken = ModuleType("onnxruntime")  # as an uninstallation leaves it: a folder without code
+    broken.__spec__ = ModuleSpec("onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", broken)
+    assert Captioner(small_bundle(), device="cpu").engine == "torch"
+    assert "ONNX Runtime is installed but cannot be loaded: " in caplog.text
 
 
 def test_the_cache_is_where_xdg_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,24 @@ def test_files_that_cannot_be_written_stop_it_at_once(tmp_path: Path, data: dict
         evaluate(config)
 
 
+@pytest.mark.parametrize("option", ["output", "report", "results_output"])
+def test_files_of_before_stay_when_it_fails(tmp_path: Path, data: dict[str, str], option: str) -> None:
+    (tmp_path / "scores").write_text("of last week")
+    config = EvaluateConfig(**data, model=str(tmp_path / "no such model"), **{option: str(tmp_path / "scores")})
+    with pytest.raises(ConfigurationError, match="no such model"):
+        evaluate(config)
+    assert (tmp_path / "scores").read_text() == "of last week"
+    (tmp_path / "scores").unlink()
+    with pytest.raises(ConfigurationError, match="no such model"):
+        evaluate(config)
+    assert not (tmp_path / "scores").exists(), "nor is one left that looks like a result"
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path, data: dict[str, str]) -> None:
+    with pytest.raises(ConfigurationError, match="expected the full path of one file, got the folder"):
+        evaluate(EvaluateConfig(**data, model="no such model", output=str(tmp_path)))
+
+
 def test_images_of_which_none_can_be_read_are_refused(tmp_path: Path, data: dict[str, str]) -> None:
     for image in Path(data["images"]).iterdir():
         image.write_bytes(b"")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -14,9 +16,9 @@ from typing import Any
 import pytest
 
 from raycap.bulk.layout import LOCK
-from raycap.bulk.lock import OutputLock, is_alive, read_lock
 from raycap.errors import ConditionalWritesUnsupportedError, ConfigurationError, StorageError
 from raycap.storage import LocalStore
+from raycap.storage.lock import OutputLock, is_alive, read_lock
 
 BEAT_S = 0.02
 
@@ -27,7 +29,7 @@ def output(tmp_path: Path) -> LocalStore:
 
 
 def lock(output: LocalStore, stale_s: float = 60, **settings: Any) -> OutputLock:
-    return OutputLock(output, beat_s=BEAT_S, stale_s=stale_s, **settings)
+    return OutputLock(output, LOCK, beat_s=BEAT_S, stale_s=stale_s, **settings)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -42,7 +44,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def left_by(output: LocalStore, **changes: Any) -> None:
     """A lock whose holder does not renew it."""
     with lock(output):
-        content = read_lock(output)
+        content = read_lock(output, LOCK)
     assert content is not None
     output.write(LOCK, json.dumps(content | changes).encode())
 
@@ -54,22 +56,22 @@ def dead_process() -> int:
 
 
 def test_lock_is_there_while_it_is_held(output: LocalStore) -> None:
-    assert read_lock(output) is None
+    assert read_lock(output, LOCK) is None
     with lock(output, status=lambda: {"state": "listing"}) as held:
-        content = read_lock(output)
+        content = read_lock(output, LOCK)
         assert content is not None
         assert (content["state"], content["pid"]) == ("listing", os.getpid())
         held.check()
-    assert read_lock(output) is None
+    assert read_lock(output, LOCK) is None
     assert [info.key for info in output.list()] == []
 
 
 def test_lock_is_renewed_with_the_status_of_the_moment(output: LocalStore) -> None:
     rows = iter(range(10**9))
     with lock(output, status=lambda: {"num_done": next(rows)}):
-        wait_for(lambda: (read_lock(output) or {})["num_done"] >= 3)
-        assert is_alive(output, beat_s=1)
-    assert not is_alive(output, beat_s=BEAT_S)
+        wait_for(lambda: (read_lock(output, LOCK) or {})["num_done"] >= 3)
+        assert is_alive(output, LOCK, beat_s=1)
+    assert not is_alive(output, LOCK, beat_s=BEAT_S)
 
 
 def test_second_run_is_refused_while_the_first_lives(output: LocalStore) -> None:
@@ -80,7 +82,7 @@ def test_second_run_is_refused_while_the_first_lives(output: LocalStore) -> None
         ):
             raise AssertionError("two hold it")
         first.check()
-        assert read_lock(output) is not None, "the refused one leaves the lock alone"
+        assert read_lock(output, LOCK) is not None, "the refused one leaves the lock alone"
 
 
 def test_of_many_runs_that_start_at_once_one_gets_it(output: LocalStore) -> None:
@@ -108,7 +110,7 @@ def test_of_many_runs_that_start_at_once_one_gets_it(output: LocalStore) -> None
 def test_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(output: LocalStore) -> None:
     left_by(output, pid=dead_process())
     with lock(output, stale_s=10**6) as held:
-        assert (read_lock(output) or {})["pid"] == os.getpid()
+        assert (read_lock(output, LOCK) or {})["pid"] == os.getpid()
         held.check()
 
 
@@ -116,14 +118,14 @@ def test_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(output: Lo
 def test_lock_from_elsewhere_is_taken_over_when_it_stops_changing(output: LocalStore, other: dict[str, str]) -> None:
     left_by(output, **({"pid": dead_process()} | other))
     with lock(output, stale_s=5 * BEAT_S):
-        assert (read_lock(output) or {})["pid"] == os.getpid()
+        assert (read_lock(output, LOCK) or {})["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe"])
 def test_lock_that_is_no_lock_is_stale_too(output: LocalStore, content: bytes) -> None:
     output.write(LOCK, content)
     with lock(output, stale_s=5 * BEAT_S):
-        assert (read_lock(output) or {})["pid"] == os.getpid()
+        assert (read_lock(output, LOCK) or {})["pid"] == os.getpid()
 
 
 def test_run_whose_lock_was_taken_over_is_told_and_leaves_it_alone(output: LocalStore) -> None:
@@ -138,7 +140,7 @@ def test_run_whose_lock_was_taken_over_is_told_and_leaves_it_alone(output: Local
             return False
 
         wait_for(is_told)
-    assert read_lock(output) == {"id": "another"}
+    assert read_lock(output, LOCK) == {"id": "another"}
 
 
 def test_lock_that_vanished_is_not_ours_any_more(output: LocalStore) -> None:
@@ -159,7 +161,7 @@ def test_storage_that_is_away_for_a_while_does_not_end_the_run(tmp_path: Path) -
 
     output = Away(str(tmp_path))
     with lock(output) as held:
-        wait_for(lambda: (read_lock(output) or {})["beat"] > 5)
+        wait_for(lambda: (read_lock(output, LOCK) or {})["beat"] > 5)
         held.check()
 
 
@@ -187,7 +189,7 @@ def test_trouble_while_it_looks_whose_the_lock_is_does_not_end_the_thread(tmp_pa
         wait_for(lambda: json.loads((tmp_path / LOCK).read_bytes())["beat"] > 6)
         held.check()
     assert output.num_away == 2
-    assert read_lock(output) is None
+    assert read_lock(output, LOCK) is None
 
 
 def test_lock_of_the_next_holder_is_not_deleted(output: LocalStore) -> None:
@@ -195,7 +197,7 @@ def test_lock_of_the_next_holder_is_not_deleted(output: LocalStore) -> None:
         held.beat_s = 10**6  # as if this process had been stopped for a while
         wait_for(lambda: True)
         (Path(output.location) / LOCK).write_bytes(b'{"id": "the next holder"}')
-    assert read_lock(output) == {"id": "the next holder"}
+    assert read_lock(output, LOCK) == {"id": "the next holder"}
 
 
 def test_storage_without_conditional_writes_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -206,3 +208,15 @@ def test_storage_without_conditional_writes_is_warned_of(tmp_path: Path, caplog:
     with lock(Plain(str(tmp_path))) as held:
         held.check()
     assert "two runs on one output will not be noticed: this server has no" in caplog.text
+
+
+def test_file_system_without_locks_is_warned_of(
+    output: LocalStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock(output) as held:
+        held.check()
+    assert "two runs on one output will not be noticed: the file system of" in caplog.text

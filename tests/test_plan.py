@@ -12,6 +12,7 @@ from PIL import Image
 from raycap.bulk.config import PlanConfig, Selection
 from raycap.bulk.plan import plan
 from raycap.errors import ConfigurationError, NotFoundError
+from raycap.model.captioner import Caption, Captioner
 from tests.hostile import encode
 
 
@@ -37,6 +38,20 @@ def test_small_source_is_counted_and_captioned(source: Path, tiny_bundle: str) -
     assert (result["num_sampled"], result["sample_counts"]) == (13, {"ok": 12, "failed": 1})
     assert result["sample_errors"] == {"not_an_image": 1}
     assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before, "it writes nothing"
+
+
+def test_what_is_timed_was_captioned_before(source: Path, tiny_bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch of each size takes longer: much longer on a GPU."""
+    sizes: list[int] = []
+    caption = Captioner.caption
+
+    def noting(self: Captioner, pixels: Any) -> list[Caption]:
+        sizes.append(len(pixels))
+        return caption(self, pixels)
+
+    monkeypatch.setattr(Captioner, "caption", noting)
+    planned(source, tiny_bundle)
+    assert sizes == [12, 12]
 
 
 def test_numbers_follow_from_one_another(source: Path, tiny_bundle: str) -> None:

@@ -23,10 +23,15 @@ def nodes(count: int, cpus: float, gpus: float = 0) -> list[dict[str, float]]:
 
 
 def test_laptop() -> None:
-    expected = Resources(
-        num_actors=2, gpus_per_actor=0, cpus_per_actor=0.75, threads_per_actor=1, cpus_per_fetch=FETCH_CPUS
+    assert plan(nodes(1, 2)) == Resources(
+        num_actors=2,
+        max_actors=2,
+        device="cpu",
+        gpus_per_actor=0,
+        cpus_per_actor=0.75,
+        threads_per_actor=1,
+        cpus_per_fetch=FETCH_CPUS,
     )
-    assert plan(nodes(1, 2)) == expected
 
 
 def test_large_cpu_machine_runs_actors_of_four_threads() -> None:
@@ -35,8 +40,15 @@ def test_large_cpu_machine_runs_actors_of_four_threads() -> None:
 
 
 def test_one_gpu() -> None:
-    expected = Resources(num_actors=1, gpus_per_actor=1, cpus_per_actor=1, threads_per_actor=1, cpus_per_fetch=1)
-    assert plan(nodes(1, 16, 1)) == expected
+    assert plan(nodes(1, 16, 1)) == Resources(
+        num_actors=1,
+        max_actors=1,
+        device="cuda",
+        gpus_per_actor=1,
+        cpus_per_actor=1,
+        threads_per_actor=1,
+        cpus_per_fetch=1,
+    )
 
 
 def test_gpu_nodes_fed_by_cpu_nodes() -> None:
@@ -52,6 +64,24 @@ def test_gpus_can_be_shared_or_left_alone() -> None:
     assert plan(nodes(1, 16, 2), gpus_per_actor=0).gpus_per_actor == 0
     assert plan(nodes(1, 16, 2), device="cpu").gpus_per_actor == 0
     assert plan(nodes(1, 16, 2), num_actors=1).num_actors == 1
+
+
+def test_actors_are_on_what_is_reserved_for_them() -> None:
+    for settings, device in (
+        ({}, "cuda"),
+        ({"device": "cuda"}, "cuda"),
+        ({"gpus_per_actor": 0.5}, "cuda"),
+        ({"gpus_per_actor": 0}, "cpu"),
+        ({"device": "cpu"}, "cpu"),
+        ({"device": "cpu", "gpus_per_actor": 1}, "cpu"),  # where a GPU is only said to be
+    ):
+        assert plan(nodes(1, 16, 1), **settings).device == device, settings
+    assert plan(nodes(1, 16)).device == "cpu"
+
+
+def test_there_can_be_more_actors_than_at_the_start() -> None:
+    for cluster in (nodes(1, 8, 1), nodes(1, 1)):
+        assert [plan(cluster, **each).max_actors for each in ({}, {"max_actors": 1}, {"max_actors": 9})] == [1, 1, 9]
 
 
 def test_few_cores_beside_gpus_leave_some_for_fetching() -> None:
@@ -83,6 +113,7 @@ def test_head_node_without_cores_does_not_count() -> None:
         (nodes(4, 2), {"cpus_per_actor": 4}, "2 on its largest node"),
         (nodes(1, 4), {"device": "cuda"}, "--device cuda needs GPUs"),
         (nodes(1, 4), {"precision": "float16"}, "--precision float16 needs GPUs"),
+        (nodes(1, 4), {"device": "cuda"}, "none of the cluster's 0; start when a node with a GPU is up"),
         (nodes(1, 4, 1), {"device": "cuda", "gpus_per_actor": 0}, "--device cuda needs GPUs"),
     ],
 )

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from raycap.model.beam import beam_search
+from raycap.model.beam import STEPS_BETWEEN_LOOKS, beam_search
 from raycap.model.config import DecoderKind, DecodingConfig
 from raycap.model.sampling import sample
 from raycap.model.vocabulary import BOS, EOS, PAD, UNKNOWN
@@ -97,3 +97,15 @@ def test_a_seed_decides_and_the_tokens_can_be_trained_on() -> None:
     assert drawn[0].shape != drawn[2].shape or not torch.equal(drawn[0], drawn[2])
     decoder.embedding(drawn[0]).sum().backward()
     assert decoder.embedding.weight.grad is not None
+
+
+def test_looking_less_often_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All captions may have ended some steps ago, as on GPUs."""
+    for max_length in range(1, 10):
+        decoder, features_BPC = small_decoder(seed=max_length), small_features(4, seed=max_length)
+        drawn = []
+        for steps in (1, 4):
+            monkeypatch.setitem(STEPS_BETWEEN_LOOKS, "cpu", steps)
+            drawn.append(sample(decoder, features_BPC, num_samples=2, max_length=max_length, generator=seeded(0)))
+        for one, other in zip(*drawn, strict=True):
+            assert torch.equal(one, other)

@@ -6,13 +6,17 @@ import asyncio
 import base64
 import json
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
+from raycap.errors import NotAnImageError
 from raycap.images import Preprocessing
+from raycap.model.bundle import Bundle
 from raycap.model.captioner import Captioner
 from raycap.serve.backend import Array, ModelInfo, Result
 from raycap.serve.captions import Captions, Room
@@ -156,6 +160,8 @@ def test_images_of_too_many_pixels_are_refused() -> None:
         (in_json(*[in_base64(b"x")] * 4), 413, "too_many_images", None),
         (in_json({"url": "https://example.org/dog.jpg"}), 403, "urls_not_allowed", None),
         (in_json(in_base64(DOG), beam_size=[1]), 422, "invalid_request", "options.beam_size"),
+        (raw(DOG, model="m" * 65), 422, "invalid_request", "model"),
+        (raw(DOG, **{"n" * 1000: 1}), 422, "invalid_request", "n" * 64),
     ],
 )
 def test_wrong_requests_are_told_what_is_wrong(ask: Ask, status: int, code: str, field: str | None) -> None:
@@ -185,17 +191,55 @@ def test_bodies_that_are_damaged_are_problems(content: bytes, kind: str, status:
     assert problem(asking(ask), status)["code"] == code
 
 
-def test_images_are_fetched_where_that_is_allowed() -> None:
-    async def fetch(url: str) -> bytes:
-        if url.endswith("/dog.jpg"):
-            return DOG
-        raise ProblemError(403, "url_not_allowed", "not from there")
+@pytest.mark.parametrize(
+    "body", [{"images": [1] * 20_000}, {"images": [], **{f"more {number}": 1 for number in range(20_000)}}]
+)
+def test_json_of_very_many_values_is_not_even_read(body: dict[str, Any]) -> None:
+    found = problem(asking(lambda client: client.post("/v1/caption", json=body)), 422)
+    assert found["detail"] == "expected JSON of at most 10,000 values"
 
-    images = [{"url": "https://example.org/dog.jpg"}, in_base64(DOG)]
-    first, second = texts(asking(in_json(*images), fetch=fetch))
+
+def test_of_many_wrong_images_the_first_is_told_of() -> None:
+    found = problem(asking(lambda client: client.post("/v1/caption", json={"images": [1] * 5000})), 422)
+    assert [each["field"] for each in found["errors"]] == ["images.0.Base64Image", "images.0.ImageAddress"]
+
+
+def test_images_are_fetched_where_that_is_allowed() -> None:
+    async def fetch(urls: Sequence[str]) -> list[bytes]:
+        if any(url not in data for url in urls):
+            raise ProblemError(403, "url_not_allowed", "not from there")
+        return [data[url] for url in urls]
+
+    data = {"https://example.org/dog.jpg": DOG, "https://example.org/other.jpg": picture()}
+    images = [in_base64(DOG), *({"url": url} for url in data), in_base64(picture())]
+    first, second, third, fourth = texts(asking(in_json(*images), fetch=fetch))
     assert first == second
+    assert third == fourth
     refused = asking(in_json(in_base64(DOG), {"url": "https://example.org/cat.jpg"}), fetch=fetch)
     assert problem(refused, 403)["code"] == "url_not_allowed"
+
+
+def test_images_have_their_room_before_they_are_fetched() -> None:
+    async def main() -> None:
+        fetching, room = asyncio.Event(), Room(4)
+
+        async def fetch(urls: Sequence[str]) -> list[bytes]:
+            fetching.set()
+            await asyncio.Event().wait()
+            return []
+
+        async with serving(room=room, fetch=fetch) as client:
+            taken = asyncio.create_task(in_json(*[{"url": "https://example.org/dog.jpg"}] * 3)(client))
+            await fetching.wait()
+            assert room.taken == 3
+            for ask in (form(DOG, DOG), in_json(in_base64(DOG), in_base64(DOG))):
+                assert problem(await ask(client), 503)["code"] == "overloaded"
+            assert (await raw(DOG)(client)).status_code == 200
+            taken.cancel()
+            await asyncio.wait([taken])
+            assert room.taken == 0
+
+    asyncio.run(main())
 
 
 def test_requests_choose_among_models() -> None:
@@ -209,6 +253,7 @@ def test_a_canary_gets_its_share_of_the_requests_that_name_no_model() -> None:
         async def model_for(request_id: str, **options: str) -> str:
             headers = JPEG | {"X-Request-ID": request_id}
             answer = await client.post("/v1/caption", content=picture(), headers=headers, params=options)
+            assert answer.status_code == 200, answer.text
             return str(answer.json()["model"])
 
         first = [await model_for(f"request-{number}") for number in range(200)]
@@ -248,6 +293,61 @@ def test_pixels_are_prepared_again_for_a_model_that_took_anothers_place() -> Non
     assert asyncio.run(main()) == another.caption([another.prepare(DOG)])[0].text
 
 
+class Mixed:
+    """Old and new replicas side by side: each call goes to the next one of a list."""
+
+    def __init__(self, *replicas: ServedModel) -> None:
+        self.replicas = list(replicas)
+
+    async def info(self) -> ModelInfo:
+        return await self.replicas.pop(0).info()
+
+    async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
+        return await self.replicas.pop(0).caption(pixels_BHWC, preprocessing, options)
+
+
+def served(bundle: Bundle) -> ServedModel:
+    return ServedModel(OnlineCaptioner(bundle, device="cpu"), batch_size=4, batch_wait_s=0.0)
+
+
+def test_an_upgrade_to_another_input_size_fails_no_request() -> None:
+    async def main() -> None:
+        old, new = served(small_bundle()), served(small_bundle(size_px=8))
+        place, metrics = Mixed(old, *[new, old] * 5, old), Metrics()
+        captions = Captions(ServeConfig(), {"default": place}, Room(8), metrics)
+        answer = await captions.caption("default", [DOG, b"none"], Options())
+        assert [type(each) for each in answer.results] == [Result, NotAnImageError]
+        assert 'raycap_failures_total{code="not_an_image"} 1.0' in metrics.text().decode()
+        place.replicas = [new, old] * 100
+        with pytest.raises(ProblemError) as error:
+            await captions.caption("default", [DOG], Options())
+        assert (error.value.status, error.value.code) == (503, "unavailable")
+        await old.close()
+        await new.close()
+
+    asyncio.run(main())
+
+
+def test_what_is_known_of_a_model_changes_with_it() -> None:
+    async def main() -> None:
+        few = small_bundle()
+        many = replace(few, decoding=replace(few.decoding, beam_size=5), model_id="many")
+        old, new = served(few), served(many)
+        place = Mixed(old, old)
+        captions = Captions(ServeConfig(), {"default": place}, Room(8), Metrics())
+        await captions.caption("default", [DOG], Options())
+        place.replicas = [new, new]  # asked for more than it could, it is asked again what it can
+        answer = await captions.caption("default", [DOG], Options(alternatives=4))
+        assert (answer.model_id, len(answer.done[0].captions)) == ("many", 5)
+        place.replicas = [old, old]  # its answer tells that it is another: who asks next asks it first
+        await captions.caption("default", [DOG], Options())
+        assert (await captions.info("default")).model_id == few.model_id
+        await old.close()
+        await new.close()
+
+    asyncio.run(main())
+
+
 def test_unknown_routes_and_methods_are_problems() -> None:
     async def ask(client: httpx.AsyncClient) -> list[httpx.Response]:
         return [await client.get("/v1/nothing"), await client.get("/v1/caption")]
@@ -273,6 +373,8 @@ def test_metrics_tell_what_happened() -> None:
     async def ask(client: httpx.AsyncClient) -> httpx.Response:
         await form(DOG, picture(), b"none")(client)
         await raw(b"none")(client)
+        tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [in_base64(b"none")["data"]]}
+        await client.post("/v2/models/default/infer", json={"inputs": [tensor]})
         await client.get("/nowhere/%0a")
         return await client.get("/metrics")
 
@@ -281,6 +383,7 @@ def test_metrics_tell_what_happened() -> None:
     for name, value in {
         'raycap_requests_total{route="/v1/caption",status="200"}': 1,
         'raycap_requests_total{route="/v1/caption",status="415"}': 1,
+        'raycap_requests_total{route="/v2/models/{model}/infer",status="415"}': 1,
         'raycap_requests_total{route="other",status="404"}': 1,
         'raycap_images_total{model="default"}': 2,
         'raycap_failures_total{code="not_an_image"}': 3,
@@ -296,9 +399,45 @@ def test_metrics_tell_what_happened() -> None:
 def test_openapi_describes_requests_and_problems() -> None:
     document = asking(lambda client: client.get("/openapi.json")).json()
     post = document["paths"]["/v1/caption"]["post"]
-    assert post["requestBody"]["content"].keys() == {"multipart/form-data", "image/*", "application/json"}
+    assert post["requestBody"]["content"].keys() == {
+        *("multipart/form-data", "image/*", "application/octet-stream", "application/json")
+    }
     assert {"200", "413", "422", "429", "503"} <= post["responses"].keys()
     schemas = document["components"]["schemas"]
     references = {part.split('"')[0] for part in json.dumps(document).split('"#/components/schemas/')[1:]}
     assert references <= schemas.keys()
     assert "CaptionRequest" in references
+
+
+def test_the_examples_are_answered() -> None:
+    async def ask(client: httpx.AsyncClient) -> int:
+        document = (await client.get("/openapi.json")).json()
+        operations = [(path, each["post"]) for path, each in document["paths"].items() if "post" in each]
+        image = document["components"]["schemas"]["Base64Image"]["properties"]["data"]["examples"][0]
+        bodies = [("/v1/caption", {"images": [{"data": image}]})]
+        for path, operation in operations:
+            content = operation["requestBody"]["content"]["application/json"]
+            assert content["examples"], path
+            bodies += [(path.replace("{model}", "default"), each["value"]) for each in content["examples"].values()]
+        for path, body in bodies:
+            answer = await client.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+        return len(bodies)
+
+    assert asking(ask) == 4  # type: ignore[arg-type, comparison-overlap]
+
+
+def test_openapi_says_which_keys_are_asked_for(tmp_path: Path) -> None:
+    def document(config: ServeConfig) -> Any:
+        return asking(lambda client: client.get("/openapi.json"), config).json()
+
+    (tmp_path / "keys").write_text("ana secret-of-ana\n")
+    with_keys = document(ServeConfig(keys_file=str(tmp_path / "keys")))
+    assert with_keys["components"]["securitySchemes"].keys() == {"bearer", "key"}
+    assert with_keys["security"] == [{"bearer": []}, {"key": []}]
+    assert document(ServeConfig())["security"] == [{}, *with_keys["security"]]
+    open_paths = {path for path, each in with_keys["paths"].items() if each.get("get", {}).get("security") == []}
+    assert open_paths == {"/healthz", "/v2/health/live", "/v2/health/ready"}
+    for path, operations in with_keys["paths"].items():
+        for operation in operations.values():
+            assert path in open_paths or {"401", "429"} <= operation["responses"].keys(), path

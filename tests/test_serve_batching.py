@@ -123,6 +123,41 @@ def test_an_error_is_told_to_its_batch_alone() -> None:
     asyncio.run(main())
 
 
+def test_is_suspect_while_its_batches_fail_one_after_another() -> None:
+    def run(items: Sequence[int]) -> list[int]:
+        if min(items) < 0:
+            raise ValueError("negative")
+        return list(items)
+
+    async def main() -> list[bool]:
+        batcher = Batcher(run, max_size=1, wait_s=0.0)
+        found = []
+        for item in (-1, -1, 1, -1, -1, -1, 1):
+            await asyncio.gather(batcher.submit(item), return_exceptions=True)
+            found.append(batcher.is_suspect(1e6))
+        await batcher.close()
+        return found
+
+    assert asyncio.run(main()) == [False] * 5 + [True, False]
+
+
+def test_is_suspect_while_a_batch_takes_too_long() -> None:
+    async def main() -> None:
+        batcher = Batcher(model, max_size=1, wait_s=0.0)
+        assert not batcher.is_suspect(0.0)
+        waiting = asyncio.create_task(batcher.submit(1))
+        await until(lambda: bool(model.batches), "the batch")
+        assert not batcher.is_suspect(1e6)
+        assert batcher.is_suspect(0.0)
+        model.turns.release()
+        await waiting
+        assert not batcher.is_suspect(0.0)
+        await batcher.close()
+
+    model = Doubler()
+    asyncio.run(main())
+
+
 def test_closing_ends_what_waits() -> None:
     async def main() -> None:
         batcher = Batcher(model, max_size=2, wait_s=1e6)

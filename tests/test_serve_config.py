@@ -19,11 +19,14 @@ CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
         ({"port": 0}, "--port must be from 1"),
         ({"num_replicas": 0}, "--num-replicas must be at least 1"),
         ({"num_replicas": 3, "max_replicas": 2}, "--max-replicas must be at least --num-replicas"),
+        ({"max_replicas": 5}, "160 images in work, two batches for each; --max-queue must be at least 160, got 128"),
+        ({"max_replicas": 9, "num_ingress": 2}, "--max-queue must be at least 144, got 128"),
         ({"num_ingress": 0}, "--num-ingress"),
         ({"gpus_per_replica": 1.5}, "must be a whole number"),
         ({"gpus_per_replica": -1}, "must not be negative"),
         ({"batch_size": 0}, "--batch-size"),
         ({"batch_wait_ms": -1}, "--batch-wait-ms"),
+        ({"drain_s": -1}, "--drain-s must not be negative"),
         ({"max_queue": 8}, "--max-queue must hold"),
         ({"deadline_s": 0}, "--deadline-s must be above 0"),
         ({"max_body_mb": 0}, "--max-body-mb must be above 0"),
@@ -41,6 +44,14 @@ CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         ServeConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_replicas": 4}, {"max_replicas": 8, "num_ingress": 2}, {"num_replicas": 8, "max_replicas": 8}],
+)
+def test_as_many_replicas_as_the_queue_can_call_for_are_let_pass(settings: dict[str, Any]) -> None:
+    assert ServeConfig(**settings).max_replicas == settings["max_replicas"]
 
 
 def test_models_have_names() -> None:

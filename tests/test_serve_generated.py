@@ -21,11 +21,15 @@ from raycap.serve.config import ServeConfig
 from tests.serving import picture, running, small_captioner
 
 PACKAGE = "generated_raycap_client"
+KEY = "secret-of-ana"
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with running(ServeConfig(), small_captioner()) as address:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An endpoint that asks for a key."""
+    keys_file = tmp_path_factory.mktemp("keys") / "keys"
+    keys_file.write_text(f"ana {KEY}\n")
+    with running(ServeConfig(keys_file=str(keys_file)), small_captioner()) as address:
         yield address.removesuffix("/")
 
 
@@ -75,7 +79,7 @@ def test_each_kind_of_body_is_captioned(generated: ModuleType, address: str, for
         "form": lambda: models.CaptionFilesBody([photo], beam_size=2),
         "file": lambda: types.File(BytesIO(picture())),
     }
-    with generated.Client(address, raise_on_unexpected_status=True, timeout=60) as client:
+    with generated.AuthenticatedClient(address, KEY, raise_on_unexpected_status=True, timeout=60) as client:
         answer = part("api.captions.caption").sync_detailed(client=client, body=bodies[form](), beam_size=2)
     assert answer.status_code == 200, answer.content
     (result,) = answer.parsed.results
@@ -83,9 +87,22 @@ def test_each_kind_of_body_is_captioned(generated: ModuleType, address: str, for
     assert result.caption == json.loads(answer.content)["results"][0]["caption"]
 
 
-def test_errors_are_problems(generated: ModuleType, address: str) -> None:
+def test_the_open_inference_protocol_is_typed(generated: ModuleType, address: str) -> None:
+    models = part("models")
+    tensor = models.InputTensor("image", [1], "BYTES", data=[b64encode(picture()).decode()])
+    with generated.AuthenticatedClient(address, KEY, raise_on_unexpected_status=True, timeout=60) as client:
+        answer = part("api.open_inference_protocol_v_2.infer").sync_detailed(
+            "default", client=client, body=models.InferRequest([tensor])
+        )
+    assert answer.status_code == 200, answer.content
+    caption, log_prob = answer.parsed.outputs
+    assert (caption.name, caption.shape, len(caption.data), log_prob.datatype) == ("caption", [1], 1, "FP32")
+
+
+@pytest.mark.parametrize(("key", "status"), [(KEY, 422), ("wrong", 401)])
+def test_errors_are_problems(generated: ModuleType, address: str, key: str, status: int) -> None:
     body = part("models").CaptionRequest([part("models").Base64Image("!")])
-    with generated.Client(address, timeout=60) as client:
+    with generated.AuthenticatedClient(address, key, timeout=60) as client:
         answer = part("api.captions.caption").sync_detailed(client=client, body=body)
     assert isinstance(answer.parsed, part("models").ProblemDetails)
-    assert answer.parsed.status == answer.status_code == 422
+    assert answer.parsed.status == answer.status_code == status

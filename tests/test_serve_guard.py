@@ -6,7 +6,11 @@ import asyncio
 import json
 import logging
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,10 @@ import pytest
 
 from raycap.serve.captions import Room
 from raycap.serve.config import ServeConfig
-from tests.serving import JPEG, GatedCaptioner, picture, problem, serving, until
+from raycap.serve.guard import route_of
+from tests.serving import JPEG, GatedCaptioner, picture, problem, running, serving, small_captioner, until
 
+ROOT = Path(__file__).parents[1]
 IMAGE = picture()
 
 
@@ -114,6 +120,17 @@ def test_a_body_that_does_not_say_is_read_up_to_the_limit() -> None:
                 answer = await post(client, body(start), **{"Content-Type": kind})
                 assert problem(answer, 413)["code"] == "body_too_large"
                 assert read == (1000 - len(start)) // 100 + 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("length", ["²", "9" * 5000, "-1", "many"])
+def test_a_length_that_is_none_is_not_believed(length: str) -> None:
+    async def main() -> None:
+        async with serving() as client:
+            content_length = {b"Content-Length": length.encode("latin-1")}
+            headers = {b"Content-Type": b"image/jpeg", **content_length}
+            assert (await client.post("/v1/caption", content=IMAGE, headers=headers)).status_code == 200
 
     asyncio.run(main())
 
@@ -246,6 +263,71 @@ def test_every_answer_has_an_id_and_safe_headers(caplog: pytest.LogCaptureFixtur
     lines = [json.loads(record.message) for record in caplog.records if record.name == "raycap.serve.access"]
     assert [(line["route"], line["status"]) for line in lines] == [("/v1/caption", 200)] * 3 + [("other", 404)]
     assert (lines[0]["request_id"], lines[0]["bytes"], lines[0]["method"]) == ("abc-123", len(IMAGE), "POST")
+    assert (lines[0]["model"], lines[0]["images"], lines[0]["code"]) == ("default", 1, None)
+    assert (lines[3]["model"], lines[3]["images"], lines[3]["code"]) == (None, 0, "not_found")
+    assert datetime.fromisoformat(lines[0]["time"]).tzinfo == UTC
+
+
+def test_what_is_refused_has_its_route_too(keys_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> str:
+        async with serving(ServeConfig(keys_file=str(keys_file))) as client:
+            known = {"X-API-Key": "secret-of-ana"}
+            paths = (await client.get("/openapi.json")).json()["paths"].keys()
+            assert {route_of(path.replace("{model}", "some")) for path in paths} == paths
+            problem(await post(client), 401)
+            problem(await post(client, **known, **{"Content-Encoding": "gzip"}), 415)
+            problem(await post(client, b"none", **known), 415)
+            problem(await client.post("/v2/models/some/versions/1/infer"), 401)
+            problem(await client.get("/wp-admin"), 401)
+            return (await client.get("/metrics", headers=known)).text
+
+    with caplog.at_level(logging.INFO, "raycap.serve.access"):
+        metrics = asyncio.run(main())
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "raycap.serve.access"]
+    assert [(line["route"], line["code"]) for line in lines] == [
+        ("/openapi.json", None),
+        ("/v1/caption", "unauthorized"),
+        ("/v1/caption", "unsupported_encoding"),
+        ("/v1/caption", "not_an_image"),
+        ("/v2/models/{model}/versions/1/infer", "unauthorized"),
+        ("other", "unauthorized"),
+        ("/metrics", None),
+    ]
+    assert 'raycap_requests_total{route="/v1/caption",status="401"} 1.0' in metrics
+
+
+def test_the_access_log_is_json_and_nothing_else() -> None:
+    code = """if True:
+        import logging
+        from raycap.serve.replicas.on_ray import _log_to_stderr
+        _log_to_stderr()
+        logging.getLogger("raycap.serve.access").info('{"status": 200}')
+        logging.getLogger("raycap.serve").warning("something else")
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    line, other = result.stderr.splitlines()
+    assert json.loads(line) == {"status": 200}
+    assert other.endswith("raycap.serve something else")
+
+
+def test_a_client_that_goes_while_it_sends_is_no_fault_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    def metrics() -> str:
+        return httpx.get(f"{address}metrics").text
+
+    head = "POST /v1/caption HTTP/1.1\r\nHost: a\r\nContent-Type: {}\r\nContent-Length: 1000\r\n\r\n"
+    with running(ServeConfig(), small_captioner()) as address:
+        url = httpx.URL(address)
+        for kind in ("image/jpeg", "application/json", "multipart/form-data; boundary=b"):
+            with socket.create_connection((url.host, url.port or 0)) as sender:
+                sender.sendall(head.format(kind).encode() + b"--b")
+                while "raycap_queue 1.0" not in metrics():
+                    pass
+            while "raycap_queue 0.0" not in metrics():
+                pass
+        found = metrics()
+    assert 'raycap_requests_total{route="/v1/caption",status="499"} 3.0' in found
+    assert "raycap_failures_total{" not in found
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_pages_of_other_origins_may_call_where_they_are_named(keys_file: Path) -> None:

@@ -26,6 +26,7 @@ PRIVATE = [
     "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "ff02::1", "::127.0.0.1",
     "::ffff:127.0.0.1", "::ffff:169.254.169.254", "::ffff:10.0.0.1", "2002:7f00:1::", "2002:a9fe:a9fe::1",
     "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2001:0:0:0:0:0:80ff:fffe",
+    "fec0::1", "feff::1",
 ]  # fmt: skip
 
 
@@ -125,7 +126,8 @@ def fetched(
                 ssl_context=context,
             )
             try:
-                return await fetcher(url), network, requests
+                (body,) = await fetcher([url])
+                return body, network, requests
             except ProblemError as problem:
                 return problem, network, requests
 
@@ -289,6 +291,60 @@ def test_the_largest_that_is_allowed_comes_whole() -> None:
     refused(answer, 413, "too_large")
 
 
+def fetched_together(paths: Sequence[str], answers: dict[str, bytes], **settings: Any) -> list[bytes] | ProblemError:
+    async def fetch() -> list[bytes] | ProblemError:
+        async with server(answers) as (port, _):
+            context = ssl.create_default_context()
+            AUTHORITY.configure_trust(context)
+            network = Network(port, {"images.example": [[PUBLIC]]})
+            fetcher = UrlFetcher(
+                ["images.example"], resolve=network.resolve, network=network, ssl_context=context, **settings
+            )
+            try:
+                return await fetcher([f"https://images.example{path}" for path in paths])
+            except ProblemError as problem:
+                return problem
+
+    return asyncio.run(fetch())
+
+
+def test_the_images_of_a_request_are_together_no_larger_than_is_allowed() -> None:
+    answers = {"/a": ok(IMAGE), "/b": ok(IMAGE[::-1])}
+    found = fetched_together(["/a", "/b", "/a"], answers, max_bytes=3 * len(IMAGE))
+    assert found == [IMAGE, IMAGE[::-1], IMAGE]
+    answer = fetched_together(["/a", "/b", "/a"], answers, max_bytes=3 * len(IMAGE) - 1)
+    assert isinstance(answer, ProblemError)
+    assert (answer.status, answer.code) == (413, "too_large")
+
+
+def test_hosts_that_hang_do_not_hold_up_the_others() -> None:
+    """Each image is asked for at once, however many others are under way."""
+
+    async def fetch() -> bytes:
+        async with server({"/": ok(IMAGE)}) as (port, requests):
+            context = ssl.create_default_context()
+            AUTHORITY.configure_trust(context)
+            network = Network(port, {"images.example": [[PUBLIC]]})
+            fetcher = UrlFetcher(
+                ["images.example"], max_bytes=2**20, resolve=network.resolve, network=network, ssl_context=context
+            )
+            hanging = asyncio.create_task(fetcher(["https://images.example/hangs"] * 12))
+            while len(requests) < 12:
+                await asyncio.sleep(0)
+            (body,) = await fetcher(["https://images.example/"])
+            hanging.cancel()
+            await asyncio.wait([hanging])
+            return body
+
+    assert asyncio.run(fetch()) == IMAGE
+
+
+def test_when_one_image_cannot_be_had_the_others_are_not_waited_for() -> None:
+    answer = fetched_together(["/hangs", "/none"], {"/none": redirect("http://images.example/")}, max_bytes=2**20)
+    assert isinstance(answer, ProblemError)
+    assert answer.code == "url_not_allowed"
+
+
 @pytest.mark.parametrize("host", ["https://images.example", "images.example/", "images.example:443", "", "a*b", "*.*"])
 def test_what_is_no_host_is_named(host: str) -> None:
     with pytest.raises(ConfigurationError, match="expected names of hosts"):
@@ -297,7 +353,8 @@ def test_what_is_no_host_is_named(host: str) -> None:
 
 def test_the_system_looks_up_names() -> None:
     async def fetch() -> bytes:
-        return await UrlFetcher(["localhost"], max_bytes=1)("https://localhost/")
+        (body,) = await UrlFetcher(["localhost"], max_bytes=1)(["https://localhost/"])
+        return body
 
     with pytest.raises(ProblemError) as caught:
         asyncio.run(fetch())

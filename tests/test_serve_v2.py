@@ -14,10 +14,6 @@ import numpy as np
 import pytest
 
 from raycap.model.captioner import Captioner
-from raycap.serve.backend import Array, ModelInfo, Result
-from raycap.serve.health import Readiness
-from raycap.serve.problems import overloaded, unavailable
-from raycap.serve.schemas import Options
 from raycap.serve.v2 import JSON_LENGTH
 from tests.serving import picture, problem, serving
 from tests.small import small_bundle
@@ -35,7 +31,8 @@ def asking(method: str, path: str, **request: Any) -> httpx.Response:
 
 def infer(content: bytes | dict[str, Any], **headers: str) -> httpx.Response:
     data = json.dumps(content).encode() if isinstance(content, dict) else content
-    return asking("POST", "/v2/models/default/infer", content=data, headers=headers)
+    sent = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
+    return asking("POST", "/v2/models/default/infer", content=data, headers=sent)
 
 
 def in_binary(images: Sequence[bytes], **more: Any) -> httpx.Response:
@@ -106,6 +103,8 @@ def test_parameters_are_options() -> None:
         (b"{", {}, 400, "invalid_json"),
         (b"{}", {JSON_LENGTH: "3"}, 400, "invalid_request"),
         (b"{}", {JSON_LENGTH: "-1"}, 400, "invalid_request"),
+        (b"{}", {JSON_LENGTH: "²"}, 400, "invalid_request"),
+        (b"{}", {JSON_LENGTH: "9" * 5000}, 400, "invalid_request"),
         ({}, {}, 422, "invalid_request"),
         ({"inputs": []}, {}, 422, "invalid_request"),
         ({"inputs": [{"name": "picture", "shape": [1], "datatype": "BYTES"}]}, {}, 422, "invalid_request"),
@@ -119,6 +118,9 @@ def test_parameters_are_options() -> None:
         (in_json(["AAAA"], [1]), {}, 415, "not_an_image"),
         (in_json(["AAAA"] * 17, [17]), {}, 413, "too_many_images"),
         (in_json(["AAAA"], [1], outputs=[{"name": "text"}]), {}, 422, "invalid_request"),
+        (in_json(["AAAA"], [1], outputs=[{"name": "caption"}] * 3), {}, 422, "invalid_request"),
+        (in_json(["AAAA"], [1], parameters={"x": [0] * 20_000}), {}, 422, "invalid_request"),
+        (in_json(["AAAA"] * 17, [1]), {}, 400, "invalid_tensor"),
     ],
 )
 def test_wrong_requests_are_told_what_is_wrong(
@@ -135,6 +137,24 @@ def test_elements_that_are_cut_off_are_refused(tail: bytes) -> None:
     assert problem(infer(head + tail, **{JSON_LENGTH: str(len(head))}), 400)["code"] == "invalid_tensor"
 
 
+def test_elements_beyond_the_shape_are_not_read() -> None:
+    head = b'{"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES"}]}'
+    cut_off = bytes(8) + b"\x01"
+    found = problem(infer(head + cut_off, **{JSON_LENGTH: str(len(head))}), 400)
+    assert found["detail"] == "expected as many elements of image as its shape says"
+
+
+def test_the_version_may_be_named(wanted: list[tuple[str, float]]) -> None:
+    path = "/v2/models/default/versions/1"
+    assert asking("GET", path).json() == asking("GET", "/v2/models/default").json()
+    assert asking("GET", f"{path}/ready").json() == {"name": "default", "ready": True}
+    body = in_json([in_base64(image) for image in IMAGES], [2])
+    answer = asking("POST", f"{path}/infer", json=body).json()
+    assert answer["outputs"][0]["data"] == [text for text, _ in wanted]
+    assert asking("GET", "/v2/models/default").json()["versions"] == [answer["model_version"]] == ["1"]
+    assert problem(asking("GET", "/v2/models/default/versions/2"), 404)["code"] == "not_found"
+
+
 def test_tells_what_it_serves() -> None:
     assert asking("GET", "/v2").json()["extensions"] == ["binary_tensor_data"]
     metadata = asking("GET", "/v2/models/default").json()
@@ -148,47 +168,3 @@ def test_tells_what_it_serves() -> None:
         assert problem(asking("GET", path), 404)["code"] == "unknown_model"
     for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/default/ready"):
         assert asking("GET", path).status_code == 200
-
-
-class Moody:
-    """A model that does as it is told, for what a whole one does not do."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-        self.num_asked = 0
-
-    async def info(self) -> ModelInfo:
-        bundle = small_bundle()
-        return ModelInfo(model_id="", preprocessing=bundle.preprocessing, decoding=bundle.decoding)
-
-    async def caption(self, pixels_BHWC: Array, preprocessing: object, options: Options) -> list[Result]:
-        self.num_asked += 1
-        if self.error is not None:
-            raise self.error
-        return []
-
-
-@pytest.mark.parametrize(
-    ("error", "is_ready"),
-    [(None, True), (overloaded(), True), (unavailable(), False), (RuntimeError("broken"), False)],
-)
-def test_is_ready_when_it_answers_or_has_much_to_do(error: Exception | None, is_ready: bool) -> None:
-    model = Moody()
-    model.error = error
-    assert asyncio.run(Readiness(model).is_ready()) == is_ready
-
-
-def test_an_answer_is_believed_for_a_while_and_a_failure_is_not() -> None:
-    async def main() -> None:
-        model, now = Moody(), [0.0]
-        readiness = Readiness(model, clock=lambda: now[0])
-        assert all(await asyncio.gather(*(readiness.is_ready() for _ in range(5))))
-        assert model.num_asked == 1
-        now[0] = 11.0
-        model.error = unavailable()
-        assert not await readiness.is_ready()
-        model.error = None
-        assert await readiness.is_ready()
-        assert model.num_asked == 3
-
-    asyncio.run(main())

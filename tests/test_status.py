@@ -11,13 +11,13 @@ import pytest
 from raycap.bulk import status as module
 from raycap.bulk.commit import commit_chunk, write_json
 from raycap.bulk.config import StatusConfig
-from raycap.bulk.layout import CHUNK_ROWS, RUN, SUMMARY, Round
+from raycap.bulk.layout import CHUNK_ROWS, LOCK, RUN, SUMMARY, Round
 from raycap.bulk.listing import make_manifest
-from raycap.bulk.lock import OutputLock
 from raycap.bulk.manifest import Manifest, ManifestReader
 from raycap.bulk.status import status
 from raycap.errors import ConfigurationError
 from raycap.storage import LocalStore
+from raycap.storage.lock import OutputLock
 from tests.outputs import FakeSource, captioned, commit_all, join, numbered
 
 NUM_ROWS = 4 * CHUNK_ROWS
@@ -46,14 +46,14 @@ def commit_some(output: LocalStore, manifest: Manifest, chunks: list[int]) -> No
 
 
 def test_run_that_lists(output: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
-    with OutputLock(output, status=lambda: {"state": "listing", "num_listed": 12_000}, beat_s=0.05):
+    with OutputLock(output, LOCK, status=lambda: {"state": "listing", "num_listed": 12_000}, beat_s=0.05):
         assert told(output)["state"] == "listing"
     assert "12,000 objects so far" in capsys.readouterr().out
 
 
 def test_run_that_captions(output: LocalStore, manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     commit_some(output, manifest, [0, 2])
-    with OutputLock(output, status=lambda: {"state": "captioning", "images_per_s": 8.0}, beat_s=0.05):
+    with OutputLock(output, LOCK, status=lambda: {"state": "captioning", "images_per_s": 8.0}, beat_s=0.05):
         result = told(output)
     assert (result["state"], result["num_done"], result["num_rows"]) == ("captioning", 2 * CHUNK_ROWS, NUM_ROWS)
     assert (result["images_per_s"], result["seconds_left"]) == (8.0, 2 * CHUNK_ROWS / 8)

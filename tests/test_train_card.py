@@ -52,7 +52,14 @@ def test_the_card_tells_what_was_trained() -> None:
 
 def test_the_card_says_what_the_training_began_with() -> None:
     assert "Training, from the bundle v1: 15 epochs of" in card(config(init="/models/v1/"))
-    assert "(frozen)" in card(config(fine_tune_epochs=3)), "the best network was one from before"
+
+
+def test_the_card_says_whose_weights_the_encoder_has() -> None:
+    begins = "An image captioner: efficientnet_lite0 ({}) with an LSTM".format
+    from_bundle = config(init="/models/v1/", fine_tune_epochs=3)
+    assert begins("fine-tuned") in card(from_bundle, fine_tuned=True)
+    assert begins("as in the bundle v1") in card(from_bundle), "which may have been fine-tuned itself"
+    assert begins("with its ImageNet weights") in card(config(fine_tune_epochs=3)), "the best network was one before"
 
 
 def test_the_card_says_when_the_licence_is_unknown() -> None:

@@ -23,7 +23,7 @@ def config(**settings: Any) -> TrainConfig:
 
 
 AT_LEAST_1 = (
-    "batch_size", "accumulate", "hidden_size", "attention_size", "min_count", "max_length", "num_workers",
+    "batch_size", "images_per_pass", "hidden_size", "attention_size", "min_count", "max_length", "num_workers",
     "scst_samples", "keep_checkpoints", "patience", "cpus_per_worker",
 )  # fmt: skip
 AT_LEAST_0 = (

@@ -13,7 +13,7 @@ import torch
 from raycap.coco import CaptionedImage
 from raycap.errors import ConfigurationError
 from raycap.model.vocabulary import BOS, EOS, PAD
-from raycap.train.data import CaptionData, ahead, as_batch, read_features
+from raycap.train.data import CaptionData, Part, ahead, as_batch, read_features
 from raycap.train.features import Features
 from tests.small import small_vocabulary
 
@@ -89,6 +89,19 @@ def test_an_epoch_goes_on_where_it_was_left() -> None:
     rest = list(captioned.epoch(1, start=3))
     assert [part.images_B.tolist() for part in rest] == [part.images_B.tolist() for part in whole[3:]]
     assert [part.seeds_B.tolist() for part in rest] == [part.seeds_B.tolist() for part in whole[3:]]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "most", "sizes"),
+    [(7, None, [7]), (7, 20, [7]), (7, 7, [7]), (7, 4, [3, 4]), (7, 3, [2, 2, 3]), (6, 3, [3, 3]), (3, 1, [1, 1, 1])],
+)
+def test_a_part_is_cut_into_as_few_pieces_as_are_small_enough(
+    num_images: int, most: int | None, sizes: list[int]
+) -> None:
+    part = Part(np.arange(num_images), np.zeros(num_images, dtype=np.uint32))
+    pieces = [part.images_B[piece] for piece in part.pieces(most)]
+    assert [len(piece) for piece in pieces] == sizes
+    assert np.concatenate(pieces).tolist() == list(range(num_images))
 
 
 def order(seed: int, epoch: int) -> list[int]:

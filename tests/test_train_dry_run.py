@@ -42,11 +42,24 @@ def test_it_says_what_it_found_and_writes_nothing(tmp_path: Path, caplog: pytest
         "training images: 2 of the first 4 can be read",
         "1.png: not_an_image: ",
         "2.png: not_found: ",
-        "cross_entropy: inputs [4, 4, 6], loss ",
-        "fine_tune: inputs [4, 8, 8, 3], loss ",
-        "self_critical: inputs [4, 4, 6], loss ",
+        "cross_entropy: inputs [2, 4, 6], loss ",
+        "fine_tune: inputs [2, 8, 8, 3], loss ",
+        "self_critical: inputs [2, 4, 6], loss ",
         "images of 8 px, on cpu",
         "nothing was written; leave out --dry-run to train",
+    ):
+        assert line in caplog.text
+
+
+def test_it_takes_what_one_worker_takes_of_a_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    dry_run(tiny_job(tmp_path, epochs=1, fine_tune_epochs=1, scst_epochs=1, batch_size=7, num_workers=3))
+    for line in (
+        "training images: 7 of the first 7 can be read",
+        "cross_entropy: inputs [3, 4, 6], loss ",
+        "fine_tune: inputs [3, 8, 8, 3], loss ",
+        "self_critical: inputs [3, 4, 6], loss ",
+        " s for 3 images, the share of one of 3 workers",
     ):
         assert line in caplog.text
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,22 @@ import pytest
 import torch
 from PIL import Image
 
-from raycap.errors import ConfigurationError
+from raycap.errors import (
+    ConfigurationError,
+    ObjectAccessDeniedError,
+    ObjectError,
+    ObjectUnreadableError,
+    StorageError,
+)
 from raycap.images import Preprocessing, decode_image
 from raycap.model.config import EncoderConfig
 from raycap.model.encoder import Encoder
-from raycap.storage import Store, open_store
+from raycap.storage import LocalStore, ObjectInfo, Store, open_store
 from raycap.train import features as features_module
 from raycap.train.features import Features, cache_key, compute_features
 from tests.hostile import encode
 from tests.small import small_encoder
+from tests.training import Together
 
 PREPROCESSING = Preprocessing(size_px=16)
 NAMES = [f"{n}.png" for n in range(5)]
@@ -186,21 +194,21 @@ def test_the_wrong_directory_is_named(store: Store, tmp_path: Path) -> None:
         compute(store, tmp_path, names=["images/0.png", "images/1.png"])
 
 
-def compute_together(num_workers: int, store: Store, directory: Path) -> list[Features]:
+def compute_together(
+    num_workers: int, store: Store, directory: Path, encoders: list[Encoder] | None = None
+) -> list[Features]:
     """Threads stand for the workers."""
-    encoder, barrier = small_encoder(), threading.Barrier(num_workers, timeout=60)
-
-    def barrier_of_all() -> None:
-        barrier.wait()
+    encoders, together = encoders or [small_encoder()] * num_workers, Together(num_workers)
 
     def work(rank: int) -> Features:
         return compute(
             store,
             directory,
-            encoder=encoder,
+            encoder=encoders[rank],
             rank=rank,
             world_size=num_workers,
-            barrier=barrier_of_all,
+            from_first=partial(together.from_first, rank),
+            barrier=together.barrier,
         )
 
     with ThreadPoolExecutor(num_workers) as pool:
@@ -222,6 +230,80 @@ def test_several_workers_compute_the_same(num_workers: int, store: Store, tmp_pa
         assert features.failed == alone.failed
     assert files_below(tmp_path / "together") == files_below(tmp_path / "alone")
     assert len(files_below(tmp_path / "alone")) == 6
+
+
+class Watched(LocalStore):
+    """Counts what is asked of it; some images cannot be read for the time being."""
+
+    def __init__(self, path: str, broken: dict[str, ObjectError] | None = None) -> None:
+        super().__init__(path)
+        self.broken = broken or {}
+        self.listed: list[str] = []
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        self.listed.append(prefix)
+        return super().list(prefix)
+
+    def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        if key in self.broken:
+            raise self.broken[key]
+        return super().read(key, max_bytes=max_bytes)
+
+
+def test_images_are_listed_once_and_no_more_than_the_annotated_ones(store: Store, tmp_path: Path) -> None:
+    names = [f"train/COCO_{n}.png" for n in range(5)]
+    for n, name in enumerate(names):
+        store.write(name, picture(n))
+    watched = Watched(store.location)
+    encoder, together = small_encoder(), Together(2)
+
+    def work(rank: int) -> Features:
+        return compute(
+            watched, tmp_path, names=names, encoder=encoder, rank=rank, world_size=2,
+            from_first=partial(together.from_first, rank), barrier=together.barrier,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    assert watched.listed == ["train/COCO_"]
+    assert first.failed == second.failed == {}
+    np.testing.assert_array_equal(array(first), array(compute(store, tmp_path / "flat")))
+
+
+def test_workers_whose_encoders_differ_in_a_last_bit_share_a_cache(store: Store, tmp_path: Path) -> None:
+    """As after fine-tuning on unequal machines."""
+    encoders = [small_encoder(), small_encoder()]
+    with torch.no_grad():
+        next(encoders[1].parameters()).mul_(1 + 1e-7)
+    first, second = compute_together(2, store, tmp_path, encoders)
+    np.testing.assert_array_equal(array(first), array(second))
+
+
+TRANSIENT = [
+    ObjectUnreadableError("503, also after retries"),
+    ObjectAccessDeniedError("access denied"),
+]
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("error", TRANSIENT, ids=lambda error: error.code)
+def test_what_may_pass_is_not_kept(error: ObjectError, store: Store, tmp_path: Path) -> None:
+    store.write("1.png", b"no picture")
+    away = Watched(store.location, {"2.png": error})
+    with pytest.raises(
+        StorageError, match=rf"1 images in .* not be read, such as 2\.png \({error.code}: .*; run the sa"
+    ):
+        compute(away, tmp_path)
+    (directory,) = (tmp_path / "features").iterdir()
+    shards = ("shard-00000", "shard-00002")
+    assert {file.name for file in directory.iterdir()} == {
+        f"{s}.{suffix}" for s in shards for suffix in ("json", "npy")
+    }
+    calls: list[tuple[int, int]] = []
+    features = compute(store, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 2), (2, 2)], "the rest was done"
+    assert features.failed.keys() == {"1.png"}
+    np.testing.assert_allclose(array(features)[2, 0], direct(store, "2.png"), rtol=2e-3, atol=2e-3)
 
 
 class PowerCutError(Exception):

@@ -104,7 +104,7 @@ def test_the_identity_follows_what_the_weights_depend_on(directory: Path) -> Non
         assert {name for name in changed if changed[name] != opened.identity[name]} == settings.keys()
     moved: dict[str, Any] = {
         "num_workers": 2,
-        "accumulate": 2,
+        "images_per_pass": 2,
         "output": "/elsewhere",
         "run_dir": "/runs",
         "images": "/moved/images",

@@ -14,14 +14,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
 
 from raycap.errors import ConfigurationError
 from raycap.model.beam import beam_search
 from raycap.model.config import DecoderKind, DecodingConfig
 from raycap.model.vocabulary import BOS
 from raycap.train.config import StageKind, TrainConfig
-from raycap.train.data import CaptionData
-from raycap.train.loop import Learner, in_order_of_time, learning_rate_share
+from raycap.train.data import CaptionData, in_order_of_time
+from raycap.train.loop import Learner
+from raycap.train.schedule import learning_rate_share
 from tests.naive import naive_loss_sum
 from tests.small import KINDS
 from tests.training import (
@@ -29,9 +31,11 @@ from tests.training import (
     IMAGES,
     PIXELS_NHWC,
     VOCABULARY,
+    Recording,
     assert_equal,
     copied,
     from_memory,
+    half_trained,
     one_thread,  # noqa: F401  # for the whole module
     tiny_config,
     tiny_data,
@@ -76,7 +80,9 @@ class PowerCutError(Exception):
     """Ends a run."""
 
 
-@pytest.mark.parametrize("settings", [{}, {"scheduled_sampling": 1.0}, {"accumulate": 2, "scst_baseline": "greedy"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"scheduled_sampling": 1.0}, {"images_per_pass": 1, "scst_baseline": "greedy"}]
+)
 @pytest.mark.parametrize("stage", STAGE_KINDS)
 @pytest.mark.parametrize("stopped_after", [4, 5])
 def test_a_resumed_run_equals_one_that_was_never_stopped(
@@ -142,10 +148,13 @@ def test_the_loss_is_the_mean_over_tokens(label_smoothing: float, kind: DecoderK
 def test_parts_of_a_batch_learn_what_it_learns_whole(kind: DecoderKind, stage: StageKind) -> None:
     """Images have captions of unequal numbers of tokens, and seven are no multiple of the parts."""
     runs = []
-    for accumulate in (1, 2, 3, 20):
-        config = tiny_config(decoder=kind, dropout=0.0, batch_size=7, accumulate=accumulate, **ALL_STAGES)
+    for images_per_pass in (None, 4, 3, 1):
+        config = tiny_config(decoder=kind, dropout=0.0, batch_size=7, images_per_pass=images_per_pass, **ALL_STAGES)
         learner = tiny_learner(config, stage)
+        taken: list[int] = []
+        learner.scorer.register_forward_pre_hook(lambda scorer, args, taken=taken: taken.append(len(args[0])))
         runs.append((losses(learner, 1), gradients(learner), copied(learner.scorer)))
+        assert (sum(taken), max(taken) <= (images_per_pass or 7)) == (7, True)
     for loss, grads, weights in runs[1:]:
         assert loss == pytest.approx(runs[0][0], rel=1e-5)
         torch.testing.assert_close(grads, runs[0][1], rtol=1e-4, atol=1e-6)
@@ -164,10 +173,27 @@ def test_unreadable_images_change_nothing(stage: StageKind) -> None:
 
 
 def test_a_batch_of_unreadable_images_alone_teaches_nothing() -> None:
-    config = tiny_config(dropout=0.0, batch_size=8, epochs=1)
-    learner = tiny_learner(config, read=from_memory(FEATURES_NPC, unreadable=range(8)))
-    assert losses(learner, 1) == [0.0]
-    assert all(not gradient.any() for gradient in gradients(learner).values())
+    config = tiny_config(batch_size=4, epochs=1)
+    first = next(tiny_data(config).epoch(0)).images_B.tolist()
+    learner = tiny_learner(config, read=from_memory(FEATURES_NPC, unreadable=first))
+    history = [copied(learner.scorer)]
+    reported: list[float] = []
+
+    def note(step: int, metrics: dict[str, float]) -> None:
+        reported.append(metrics["train/loss"])
+        history.append(copied(learner.scorer))
+
+    learner.train_epoch(0, note)
+    assert reported[0] == 0.0 < reported[1]
+    assert_equal(history[1], history[0])
+
+
+@pytest.mark.parametrize("stage", ["cross_entropy", "fine_tune"])
+def test_an_epoch_of_unreadable_images_alone_is_an_error(stage: StageKind) -> None:
+    inputs = PIXELS_NHWC if stage == "fine_tune" else FEATURES_NPC
+    learner = tiny_learner(tiny_config(**ALL_STAGES), stage, read=from_memory(inputs, unreadable=range(8)))
+    with pytest.raises(ConfigurationError, match=r"none of the training images of epoch 1 can be read; .*--images"):
+        learner.train_epoch(0)
 
 
 def test_scheduled_sampling_changes_what_is_read_and_not_what_is_said() -> None:
@@ -212,6 +238,65 @@ def test_bfloat16_learns(stage: StageKind, settings: dict[str, Any]) -> None:
     assert [name for name, p in learner.scorer.named_parameters() if torch.equal(p, before[name])] == []
     assert [name for name, p in learner.scorer.named_parameters() if name not in gradients(learner)] == []
     assert {p.dtype for p in learner.scorer.parameters()} == {torch.float32}
+
+
+def with_scale(learner: Learner, scale: float) -> Learner:
+    learner.scaler.load_state_dict(learner.scaler.state_dict() | {"scale": scale})
+    return learner
+
+
+@pytest.mark.parametrize("stage", STAGE_KINDS)
+def test_float16_leaves_out_what_overflows_and_learns_the_rest(stage: StageKind) -> None:
+    config = tiny_config(precision="float16", epochs=8, fine_tune_epochs=8, scst_epochs=8)
+    learner = with_scale(tiny_learner(config, stage), 2.0**24)
+    history = [copied(learner.scorer)]
+    overflowed: list[bool] = []
+
+    def note(step: int, metrics: dict[str, float]) -> None:
+        overflowed.append(not math.isfinite(metrics["train/grad_norm"]))
+        if overflowed[-1]:
+            assert_equal(copied(learner.scorer), history[-1])
+        history.append(copied(learner.scorer))
+
+    for epoch in range(8):
+        learner.train_epoch(epoch, note)
+    assert overflowed[0] and not overflowed[-1]
+    assert [name for name, p in learner.scorer.named_parameters() if torch.equal(p, history[0][name])] == []
+
+
+def test_float16_gradients_are_clipped_after_their_scale_is_taken_back() -> None:
+    runs = []
+    for precision in ("float32", "float16"):
+        learner = tiny_learner(tiny_config(precision=precision, dropout=0.0, max_grad_norm=0.1, epochs=1, batch_size=8))
+        (metrics,) = trained(learner, 1)
+        norm = torch.cat([gradient.flatten() for gradient in gradients(learner).values()]).norm().item()
+        assert norm == pytest.approx(0.1, rel=1e-3)
+        runs.append(metrics["train/grad_norm"])
+    assert runs[1] == pytest.approx(runs[0], rel=2e-2)
+    assert runs[0] > 0.2
+
+
+def test_a_resumed_run_goes_on_with_its_scale() -> None:
+    config = tiny_config(precision="float16", epochs=2)
+    straight, resumed = with_scale(tiny_learner(config), 2.0**24), tiny_learner(config)
+    straight.train_epoch(0)
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+    assert resumed.train_epoch(1)["train_loss"] == straight.train_epoch(1)["train_loss"]
+    assert resumed.scaler.state_dict() == straight.scaler.state_dict()
+    assert_equal(copied(resumed.scorer), copied(straight.scorer))
+
+
+def test_the_optimizer_is_fused_though_a_checkpoint_is_of_one_that_was_not() -> None:
+    straight, resumed = (tiny_learner(tiny_config()) for _ in range(2))
+    straight.train_epoch(0)
+    state = copy.deepcopy(straight.state_dict())
+    for group in state["optimizer"]["param_groups"]:
+        assert group["fused"]
+        group["fused"] = None
+    resumed.load_state_dict(state)
+    assert all(group["fused"] for group in resumed.optimizer.param_groups)
+    assert resumed.train_epoch(1)["train_loss"] == straight.train_epoch(1)["train_loss"]
+    assert_equal(copied(resumed.scorer), copied(straight.scorer))
 
 
 def test_the_learning_rate_climbs_and_falls() -> None:
@@ -297,22 +382,25 @@ def test_every_batch_is_reported(stage: StageKind) -> None:
     assert steps == [1, 2, 3, 4]
 
 
-def test_divergence_is_named_and_spares_the_weights() -> None:
-    learner = tiny_learner(tiny_config())
+@pytest.mark.parametrize(("precision", "batch"), [("float32", 1), ("bfloat16", 1), ("float16", 28)])
+def test_divergence_is_named_and_spares_the_weights(precision: str, batch: int) -> None:
+    """With float16 it may be an overflow, until the scale is so small that it is none."""
+    learner = tiny_learner(tiny_config(precision=precision, epochs=20))
     with torch.no_grad():
         learner.network.decoder.output_bias[0] = float("nan")
     before = copied(learner.network.decoder.embedding)
     with pytest.raises(
-        ConfigurationError, match=r"training diverged: at batch 1 the loss is nan .*lower the learning rate, now 0\.01"
+        ConfigurationError,
+        match=rf"training diverged: at batch {batch} the loss is nan .*lower the learning rate, now 0\.01",
     ):
-        learner.train_epoch(0)
+        trained(learner, 20)
     assert_equal(copied(learner.network.decoder.embedding), before)
 
 
 SPLITS: list[tuple[StageKind, dict[str, Any]]] = [
     ("cross_entropy", {"batch_size": 4}),
     ("cross_entropy", {"batch_size": 5}),
-    ("cross_entropy", {"batch_size": 5, "accumulate": 2}),
+    ("cross_entropy", {"batch_size": 5, "images_per_pass": 2}),
     ("fine_tune", {"batch_size": 5}),
 ]
 
@@ -330,11 +418,20 @@ def one_of_two(rank: int, directory: str) -> None:
         for number, (stage, settings) in enumerate(SPLITS):
             config = settings_of_two(settings)
             learner = tiny_learner(config, stage, data=tiny_data(config, rank=rank, world_size=2))
-            trained(learner)
+            reported = losses(learner)
             torch.save(
-                (copied(learner.scorer), gradients(learner), torch.initial_seed()),
+                (copied(learner.scorer), gradients(learner), torch.initial_seed(), reported),
                 Path(directory, f"{number}-{rank}.pt"),
             )
+            assert isinstance(learner.wrapped, DistributedDataParallel)
+            assert not learner.wrapped.broadcast_buffers, "they never change"
+        config = settings_of_two({"batch_size": 5, "scst_samples": 2})
+        data = tiny_data(config, rank=rank, world_size=2)
+        learner = tiny_learner(config, "self_critical", network=half_trained(), data=data)
+        learner.self_critical = recording = Recording(config)
+        (metrics,) = trained(learner, 1)
+        own = recording.given[0][1]
+        torch.save([(metrics[name], own[name]) for name in own], Path(directory, f"rewards-{rank}.pt"))
     finally:
         dist.destroy_process_group()
 
@@ -350,8 +447,12 @@ def test_two_workers_learn_what_one_learns(tmp_path: Path) -> None:
         config = settings_of_two(settings)
         alone = tiny_learner(config, stage)
         fresh = copied(alone.scorer)
-        trained(alone)
+        assert first[3] == second[3] == pytest.approx(losses(alone), rel=1e-4), "of all workers' tokens"
         torch.testing.assert_close(first[1], gradients(alone), rtol=1e-3, atol=2e-5)
         torch.testing.assert_close(first[0], copied(alone.scorer), rtol=1e-3, atol=2e-4)
         moved = [(first[0][name] - fresh[name]).abs().max().item() for name in fresh]
         assert np.max(moved) > 1e-2, "the tolerance is far below what was learnt"
+    rewards = [torch.load(tmp_path / f"rewards-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert rewards[0][0][1] != rewards[1][0][1]
+    for (reported, of_first), (also_reported, of_second) in zip(*rewards, strict=True):
+        assert reported == also_reported == pytest.approx((3 * of_first + 2 * of_second) / 5)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from raycap.coco import CaptionedImage
 from raycap.model.beam import beam_search
@@ -25,6 +24,7 @@ from tests.training import (
     FEATURES_NPC,
     IMAGES,
     VOCABULARY,
+    Recording,
     half_trained,
     one_thread,  # noqa: F401  # for the whole module
     tiny_config,
@@ -109,16 +109,27 @@ def test_the_greedy_caption_is_the_baseline() -> None:
             assert weight == pytest.approx(naive_score(int(image), tokens) - baselines[b], abs=1e-5)
 
 
-class Recording(SelfCritical):
-    """Keeps what it has given."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config, IMAGES, VOCABULARY)
-        self.given: list[tuple[Batch, dict[str, float]]] = []
-
-    def samples(self, decoder: Decoder, images_B: np.ndarray, features_BPC: Tensor) -> tuple[Batch, dict[str, float]]:
-        self.given.append(super().samples(decoder, images_B, features_BPC))
-        return self.given[-1]
+@pytest.mark.parametrize("baseline", ["mean", "greedy"])
+def test_an_end_that_nobody_said_is_neither_learned_nor_rewarded(baseline: str) -> None:
+    """The references have three words or four, and so have the captions of a network that has half learned them."""
+    config = settings(scst_samples=6, scst_baseline=baseline, max_length=3, scst_temperature=0.5)
+    decoder = half_trained().decoder
+    batch, metrics = sampled(config, decoder)
+    greedy = DecodingConfig(beam_size=1, max_length=3, no_repeat_ngram=0)
+    greedy_captions = [best[0].tokens for best in beam_search(decoder, FEATURES_NPC[IMAGES_B], greedy)]
+    assert {len(tokens) for tokens in greedy_captions} == {3}
+    captions = by_image(batch)
+    for b, image in enumerate(IMAGES_B):
+        scores = [naive_score(int(image), tokens) for tokens, _ in captions[b]]
+        of_greedy = naive_score(int(image), greedy_captions[b])
+        for n, (_, weight) in enumerate(captions[b]):
+            others = scores[:n] + scores[n + 1 :] if baseline == "mean" else [of_greedy]
+            assert weight == pytest.approx(scores[n] - np.mean(others), abs=1e-5)
+    said = [tokens for of_image in captions.values() for tokens, _ in of_image]
+    cut = [tokens for tokens in said if EOS not in tokens]
+    assert cut and {len(tokens) for tokens in cut} == {3}
+    assert batch.num_tokens == sum(map(len, said))
+    assert metrics["train/sample_words"] == pytest.approx(np.mean([len(tokens) - tokens.count(EOS) for tokens in said]))
 
 
 @pytest.mark.parametrize("baseline", ["mean", "greedy"])
@@ -138,10 +149,11 @@ def test_the_loss_is_the_policy_gradient(kind: DecoderKind, baseline: str) -> No
     for b, captions in by_image(batch).items():
         for tokens, weight in captions:
             logits = naive_logits(decoder, batch.inputs[b : b + 1], [BOS, *tokens])
-            for logits_V, token in zip(logits, tokens, strict=True):
-                drawn = [word for word in range(len(logits_V)) if word not in (PAD, BOS, UNKNOWN)]
+            for position, (logits_V, token) in enumerate(zip(logits, tokens, strict=True)):
+                never = (PAD, BOS, UNKNOWN) if position else (PAD, BOS, UNKNOWN, EOS)
+                drawn = [word for word in range(len(logits_V)) if word not in never]
                 loss = loss - weight * torch.log_softmax(logits_V[drawn] / 0.7, -1)[drawn.index(token)]
-    mean = loss / batch.num_tokens
+    mean = loss / sum(len(tokens) for captions in by_image(batch).values() for tokens, _ in captions)
     mean.backward()
     assert reported["train_loss"] == pytest.approx(mean.item(), rel=1e-4, abs=1e-6)
     for found, expected in zip(learner.network.decoder.parameters(), decoder.parameters(), strict=True):
@@ -160,7 +172,7 @@ def test_it_raises_the_reward(baseline: str) -> None:
 
 
 def test_a_batch_in_parts_reports_the_reward_of_all() -> None:
-    config = settings(batch_size=7, accumulate=2, scst_samples=2)
+    config = settings(batch_size=7, images_per_pass=4, scst_samples=2)
     learner = tiny_learner(config, "self_critical")
     learner.self_critical = recording = Recording(config)
     reported: list[float] = []

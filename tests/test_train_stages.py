@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
-from raycap.errors import ConfigurationError
+from raycap.errors import ConfigurationError, ObjectError
 from raycap.evaluate import score_captions
 from raycap.images import decode_image
 from raycap.storage import open_store
 from raycap.train.export import STATE, Best, read_state, write_bundle
 from raycap.train.job import Job
-from raycap.train.stages import Place, run_stages
+from raycap.train.stages import UNUSABLE, Place, run_stages
 from tests.training import (
     IMAGES,
     PREPROCESSING,
@@ -242,7 +245,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         r"seed was 0, is 3\); give the same ones to resume it, or another --name",
     ):
         run(other, tmp_path / "other", resume_from=checkpoint)
-    allowed = changed(job, accumulate=2, checkpoint_every=7, data_notice="CC0", patience=3)
+    allowed = changed(job, images_per_pass=2, checkpoint_every=7, data_notice="CC0", patience=3)
     assert run(allowed, tmp_path / "allowed", resume_from=checkpoint).metrics == []
 
 
@@ -252,14 +255,46 @@ def test_an_unreadable_checkpoint_is_named(tmp_path: Path) -> None:
         run(tiny_job(tmp_path), tmp_path / "run", resume_from=tmp_path)
 
 
-def test_unreadable_images_are_left_out_and_counted(tmp_path: Path) -> None:
-    job = tiny_job(tmp_path, epochs=1, fine_tune_epochs=1)
+def test_unreadable_images_are_left_out_counted_and_named(tmp_path: Path) -> None:
+    """With a frozen CNN, and while it learns."""
+    job = tiny_job(tmp_path, epochs=1, fine_tune_epochs=2, batch_size=2)
     job.train_store.write("3.png", b"no picture")
     job.train_store.delete("6.png")
     result = run(job, tmp_path / "run")
-    assert any("2 images cannot be used, such as 3.png (not_an_image: " in line for line in result.lines)
-    assert len(result.epochs) == 2
+    named = Path(job.config.run_path) / UNUSABLE
+    assert [line for line in result.lines if "cannot be used" in line] == [
+        f"2 {split} images cannot be used, such as 3.png ({reason_of('3.png', job)}); all are named in {named}"
+        for split in ("training", "validation")
+    ], "once each"
+    assert len(result.epochs) == 3
     assert best_of(result.last).captions.keys() == {image.image_id for image in IMAGES} - {103, 106}
+    content = json.loads(named.read_text())
+    assert {split: list(images) for split, images in content.items()} == {
+        "training": ["3.png", "6.png"], "validation": ["3.png", "6.png"],
+    }  # fmt: skip
+    assert content["training"]["6.png"].startswith("not_found: ")
+
+
+def reason_of(name: str, job: Job) -> str:
+    with pytest.raises(ObjectError) as caught:
+        decode_image(job.train_store.read(name), PREPROCESSING)
+    return f"{caught.value.code}: {caught.value}"
+
+
+def test_images_that_become_unreadable_while_the_cnn_learns_are_named(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, half_trained(), init="bundle", epochs=0, fine_tune_epochs=2, max_length=6)
+    job.val_store.write("5.png", b"no picture")
+    result = run(job, tmp_path / "run")
+    lines = [line.partition(" (not_an_image: ")[0] for line in result.lines if "cannot be used" in line]
+    assert sorted(lines) == [f"1 {split} images cannot be used, such as 5.png" for split in ("training", "validation")]
+    content = json.loads((Path(job.config.run_path) / UNUSABLE).read_text())
+    assert content["training"].keys() == content["validation"].keys() == {"5.png"}
+
+
+def test_where_all_images_can_be_used_none_are_named(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, epochs=1, fine_tune_epochs=1)
+    assert not [line for line in run(job, tmp_path / "run").lines if "cannot be used" in line]
+    assert not (Path(job.config.run_path) / UNUSABLE).exists()
 
 
 def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
@@ -268,6 +303,60 @@ def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
         job.train_store.write(image.file_name, b"no picture")
     with pytest.raises(ConfigurationError, match=r"none of the 8 images in .* can be read: not_an_image: "):
         run(job, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("split", "says"),
+    [
+        ("train", r"none of the training images of epoch 1 can be read; .* --images"),
+        (
+            "val",
+            r"none of the 8 validation images in .*pictures can be read, .* 0\.png \(not_an_image: .* --val-images",
+        ),
+    ],
+)
+def test_no_readable_image_is_an_error_while_the_cnn_learns_too(split: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    no_pictures = open_store(str(tmp_path / "pictures"))
+    for image in IMAGES:
+        no_pictures.write(image.file_name, b"no picture")
+    job = replace(tiny_job(tmp_path, epochs=0, fine_tune_epochs=1), **{f"{split}_store": no_pictures})
+    with pytest.raises(ConfigurationError, match=says):
+        run(job, tmp_path / "run")
+
+
+def one_of_two(rank: int, job: Job, directory: str) -> None:
+    """A worker process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    lines: list[str] = []
+    try:
+        place = Place(
+            rank=rank,
+            world_size=2,
+            device=torch.device("cpu"),
+            cache_dir=Path(directory),
+            tell=lines.append,
+            report=lambda metrics, checkpoint: None,
+            read_pixels=read_pixels,
+        )
+        run_stages(job, place)
+    finally:
+        dist.destroy_process_group()
+    Path(directory, f"lines-{rank}.json").write_text(json.dumps(lines))
+
+
+def test_of_two_workers_the_first_speaks_for_both(tmp_path: Path) -> None:
+    """In a training that stops early."""
+    job = tiny_job(
+        tmp_path, half_trained(), init="bundle", epochs=0, fine_tune_epochs=3, patience=1, max_length=6,
+        fine_tune_learning_rate=1e-30, encoder_learning_rate=1e-30,
+    )  # fmt: skip
+    spawn(one_of_two, args=(job, str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"lines-{rank}.json").read_text()) for rank in range(2))
+    assert first[-1] == "no better validation CIDEr-D in 1 epochs: this stage ends"
+    assert any("fine_tune epoch 1/3 done" in line for line in first)
+    assert second == []
 
 
 def test_the_bundle_holds_the_best_network_with_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +371,7 @@ def test_the_bundle_holds_the_best_network_with_its_scores(tmp_path: Path, monke
     assert metrics["scores"]["cider_d"] > 0
     store = open_store(job.config.output)
     card = store.read("README.md").decode()
-    assert f"({'frozen' if best.encoder is None else 'fine-tuned'})" in card
+    assert f"({'with its ImageNet weights' if best.encoder is None else 'fine-tuned'})" in card
     assert str(tmp_path) not in card + store.read("metrics.json").decode() + store.read("config.json").decode()
     assert {info.key for info in store.list()} == {
         "README.md", "config.json", "metrics.json", "model.safetensors", "vocabulary.json",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from raycap.coco import CaptionedImage
 from raycap.images import Preprocessing
 from raycap.model.bundle import Bundle
 from raycap.model.config import DecoderConfig
-from raycap.model.decoder import build_decoder
+from raycap.model.decoder import Decoder, build_decoder
 from raycap.model.network import CaptionNetwork
 from raycap.model.vocabulary import Vocabulary
 from raycap.storage import open_store
 from raycap.train.config import StageKind, TrainConfig
-from raycap.train.data import CaptionData, Part
+from raycap.train.data import Batch, CaptionData, Part
 from raycap.train.job import Job
 from raycap.train.loop import Learner, Read
 from raycap.train.pixels import read_part
@@ -134,6 +135,18 @@ def tiny_learner(
     )
 
 
+class Recording(SelfCritical):
+    """Keeps what it has given."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config, IMAGES, VOCABULARY)
+        self.given: list[tuple[Batch, dict[str, float]]] = []
+
+    def samples(self, decoder: Decoder, images_B: np.ndarray, features_BPC: Tensor) -> tuple[Batch, dict[str, float]]:
+        self.given.append(super().samples(decoder, images_B, features_BPC))
+        return self.given[-1]
+
+
 def tiny_job(directory: Path, network: CaptionNetwork | None = None, **settings: Any) -> Job:
     """With pictures below `directory`, the same ones for training and validation."""
     images = directory / "images"
@@ -157,8 +170,27 @@ def tiny_job(directory: Path, network: CaptionNetwork | None = None, **settings:
     )
 
 
-def read_pixels(job: Job) -> Read:
-    """Augmented images, one part after the other."""
+class Together:
+    """How threads that stand for workers wait for each other."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._all = threading.Barrier(num_workers, timeout=60)
+        self._made: Any = None
+
+    def barrier(self) -> None:
+        self._all.wait()
+
+    def from_first(self, rank: int, make: Callable[[], Any]) -> Any:
+        if rank == 0:
+            self._made = make()
+        self._all.wait()
+        made = self._made
+        self._all.wait()
+        return made
+
+
+def read_pixels(job: Job, failed: dict[str, str]) -> Read:
+    """Augmented images, one part after the other; `failed` takes note of those that cannot be used."""
 
     def read(parts: Iterable[Part]) -> Iterator[tuple[Part, Tensor, np.ndarray]]:
         for part in parts:
@@ -167,6 +199,9 @@ def read_pixels(job: Job) -> Read:
                 job.train_store, job.start.preprocessing, rows | {"seed": part.seeds_B},
                 flip=job.config.flip, crop=job.config.crop,
             )  # fmt: skip
+            failed.update(
+                {str(name): str(error) for name, error in zip(block["name"], block["error"], strict=True) if error}
+            )
             yield part, torch.from_numpy(block["pixels"]), block["error"] == ""
 
     return read

@@ -23,7 +23,7 @@ class BenchmarkConfig:
     captions each of them."""
     parts: tuple[Part, ...] = PARTS
     """decode: JPEG to pixels on one core. encode: the CNN alone. search: captions of ready features. path: all three in
-    one loop over files in memory. bulk: raycap caption. serve: raycap serve, asked over HTTP."""
+    one loop over files in memory. bulk: raycap caption. serve: raycap serve, asked over HTTP; needs raycap[serve]."""
     model: str | None = None
     """Bundle, local or s3://; by default the one that ships with raycap."""
     num_images: int = 256
@@ -41,7 +41,8 @@ class BenchmarkConfig:
     precision: Precision = "auto"
     """Of the model's arithmetic. auto: float32 on a CPU, bfloat16 on a GPU that has it."""
     engine: Engine = "auto"
-    """What runs the encoder, as for `raycap caption`; if it is not torch, that is measured too."""
+    """What runs the encoder, as for `raycap caption`. Measured beside it: engine torch, and PyTorch with the network as
+    it is."""
     output: str | None = None
     """JSON file for the numbers, local or s3://."""
     report: str | None = None

@@ -101,7 +101,8 @@ def share_of_equal_captions(captioner: Captioner, plain: Captioner, files: Seque
 
 def _encoder(name: str, captioner: Captioner, pixels_BSSC: Tensor, batch_size: int) -> Measure:
     def encode(rows: slice) -> None:
-        _features(captioner, pixels_BSSC[rows])
+        with torch.inference_mode():
+            captioner.network.features(pixels_BSSC[rows])
         if captioner.device.type == "cuda":
             torch.cuda.synchronize(captioner.device)
 

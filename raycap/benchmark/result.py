@@ -13,6 +13,7 @@ _RATIOS = {
     "engine": ("chosen engine over engine torch, tight loop", "path_chosen", "path_torch"),
     "plain": ("chosen engine over plain PyTorch, tight loop", "path_chosen", "path_plain"),
     "engine_encoder": ("chosen engine over engine torch, encoder alone", "encode_chosen", "encode_torch"),
+    "encoder_share": ("tight loop over the encoder alone, chosen engine", "path_chosen", "encode_chosen"),
     "greedy": ("greedy over 3 beams, tight loop, batches of 64", "path_1_batch_64", "path_3_batch_64"),
     "batched": ("batches of 64 over image by image, tight loop", "path_3_batch_64", "path_3_batch_1"),
     "serve": ("endpoint at saturation over the tight loop", "serve", "path_chosen"),

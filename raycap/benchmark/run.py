@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -16,7 +17,8 @@ from raycap.benchmark.page import render
 from raycap.benchmark.parts import engines_of, part_measures, read_images, share_of_equal_captions
 from raycap.benchmark.result import core_ms, load_medians, ratios
 from raycap.benchmark.table import print_result
-from raycap.benchmark.timing import measure
+from raycap.benchmark.timing import Measure, measure
+from raycap.errors import ConfigurationError
 from raycap.model.bundle import Bundle
 from raycap.storage import open_store, write_bytes
 
@@ -28,6 +30,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
 
     Raises ConfigurationError or StorageError.
     """
+    serve_measures = _serve_measures() if "serve" in config.parts else None
     stores = [open_store(source, config.s3) for source in config.sources]
     for store in stores:
         store.check_readable()
@@ -45,9 +48,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
             runs = worker_ms.setdefault(f"bulk_{number}", [])
             measures.append(bulk_measure(config, source, f"bulk_{number}", runs))
     loads: list[list[dict[str, Any]]] = []
-    if "serve" in config.parts:
-        from raycap.benchmark.serve import serve_measures
-
+    if serve_measures:
         measures += serve_measures(config, captioner, files, loads)
     measure(measures, config.repeats)
     result = {
@@ -73,3 +74,15 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
             write_bytes(location, text.encode(), config.s3)
             log.info("wrote %s", location)
     return result
+
+
+def _serve_measures() -> Callable[..., list[Measure]]:
+    """That of `benchmark.serve`. Raises ConfigurationError if its packages are not installed."""
+    try:
+        from raycap.benchmark.serve import serve_measures
+    except ImportError as error:
+        raise ConfigurationError(
+            f"part serve needs packages that are not installed ({error.name}): pip install 'raycap[serve]', or leave "
+            "serve out of --parts"
+        ) from error
+    return serve_measures

@@ -56,6 +56,7 @@ def connected(address: str | None) -> Iterator[None]:
         cause = raycap_cause(error)
         if cause is None or cause is error:
             raise
+        cause.args = (str(cause).partition("\nFailed to ")[0],)  # Ray Data adds to it how it can be made to try again
         raise cause from None
 
 
@@ -64,9 +65,9 @@ def caption_chunks(job: Job, manifest: Manifest, todo: np.ndarray) -> None:
     if len(todo) == 0:
         return
     config, bundle = job.config, job.bundle
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    resources = plan_resources(config, nodes)
-    num_actors = min(resources.num_actors, len(todo))
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    resources = plan_resources(config, [node["Resources"] for node in nodes])
+    num_actors, max_actors = (min(each, len(todo)) for each in (resources.num_actors, resources.max_actors))
     log.info("captioning with %d actor%s", num_actors, "s" if num_actors > 1 else "")
     fetcher = Fetcher(
         reader=job.source.reader,
@@ -75,35 +76,29 @@ def caption_chunks(job: Job, manifest: Manifest, todo: np.ndarray) -> None:
         limits=config.limits,
         requests_in_flight=config.requests_in_flight,
     )
-    num_cores = sum(int(node.get("CPU", 0)) for node in nodes)
+    num_cores = sum(int(node["Resources"].get("CPU", 0)) for node in nodes)
     chunks = _Chunks(todo, fetcher, job.output, manifest, num_tasks=8 * num_cores)
     _set_up_ray_data(chunks.block_bytes)
     bundle_ref, manifest_ref = ray.put(bundle), ray.put(manifest)
-    # The plan's word on GPUs holds: Ray hides no GPU from an actor that asked for none.
-    device = config.device if resources.gpus_per_actor else "cpu"
     engines: set[str] = set()
 
     def receive(message: tuple[int, dict[str, int], float, str]) -> None:
         done, errors, at_s, engine = message
         if engine not in engines:
             engines.add(engine)
-            log.info("engine of the encoder: %s", engine)
+            log.info("the encoder runs on %s", engine)
         job.progress.add(done, errors=errors, at_s=at_s)
 
     with mailbox(receive) as box:
         stream = (
-            ray.data.read_datasource(
-                chunks,
-                num_cpus=resources.cpus_per_fetch,
-                override_num_blocks=len(chunks.groups),
-            )
+            ray.data.read_datasource(chunks, num_cpus=resources.cpus_per_fetch, override_num_blocks=len(chunks.groups))
             # As Ray's own map_groups: map_batches refuses whole blocks on GPUs, and a batch size would mix chunks.
             .map_batches_internal(
                 _CaptionActor,
-                fn_constructor_args=(bundle_ref, config, device, resources.threads_per_actor, box),
+                fn_constructor_args=(bundle_ref, config, resources.device, resources.threads_per_actor, box),
                 batch_size=None,
                 batch_format="pyarrow",
-                compute=_pool(config, num_actors),
+                compute=ray.data.ActorPoolStrategy(min_size=num_actors, max_size=max_actors),
                 num_cpus=resources.cpus_per_actor,
                 num_gpus=resources.gpus_per_actor or None,
             )
@@ -114,21 +109,22 @@ def caption_chunks(job: Job, manifest: Manifest, todo: np.ndarray) -> None:
                 batch_format="pyarrow",
                 # Actors, since Ray starts a new process for most tasks that come now and then.
                 compute=ray.data.ActorPoolStrategy(
-                    size=-(-num_actors // ACTORS_PER_COMMITTER),
+                    size=-(-max_actors // ACTORS_PER_COMMITTER),
                     max_concurrent_calls_per_actor=ACTORS_PER_COMMITTER,
                     enable_true_multi_threading=True,
                 ),
                 num_cpus=0,
+                label_selector=_with_cpus(nodes),
             )
         )
         for _ in stream.iter_batches(batch_size=None):
             job.lock.check()
 
 
-def _pool(config: CaptionConfig, num_actors: int) -> ray.data.ActorPoolStrategy:
-    if config.max_actors is None or config.max_actors <= num_actors:
-        return ray.data.ActorPoolStrategy(size=num_actors)
-    return ray.data.ActorPoolStrategy(min_size=num_actors, max_size=config.max_actors)
+def _with_cpus(nodes: list[dict[str, Any]]) -> dict[str, str] | None:
+    """Where actors go that reserve nothing: not to a head without CPUs, which is for drivers."""
+    without = [node["NodeID"] for node in nodes if not node["Resources"].get("CPU")]
+    return {"ray.io/node-id": f"!in({','.join(without)})"} if without else None
 
 
 def _set_up_ray_data(block_bytes: int) -> None:
@@ -136,6 +132,7 @@ def _set_up_ray_data(block_bytes: int) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # what Ray wraps it in loses its cause between processes
     # A chunk must stay one block: what a read task yields is cut where it passes this size, and it always does.
     context.target_max_block_size = block_bytes
 
@@ -227,7 +224,8 @@ class _CaptionActor:
 
         def on_batch(done: int) -> None:
             nonlocal errors
-            self.box.post.remote((done, errors, time.time(), self.captioner.engine))
+            engine = f"{self.captioner.device} with engine {self.captioner.engine}"
+            self.box.post.remote((done, errors, time.time(), engine))
             errors = {}
 
         rows = caption_rows(rows, self.captioner, batch_size=self.batch_size, on_batch=on_batch)

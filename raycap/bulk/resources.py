@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -25,6 +25,12 @@ class Resources:
     """What the stages get of the cluster."""
 
     num_actors: int
+    """That caption, at the start."""
+    max_actors: int
+    """As nodes are added."""
+    device: Literal["cpu", "cuda"]
+    """Of the actors: no more and no less than they are given. Ray hides no GPU from an actor that asked for none, and
+    an actor that cannot use the GPU that is reserved for it has to fail."""
     gpus_per_actor: float
     cpus_per_actor: float
     threads_per_actor: int
@@ -50,7 +56,10 @@ def plan_resources(config: CaptionConfig, nodes: list[dict[str, float]]) -> Reso
         return _on_gpus(config, gpus_per_actor, cores_by_node, gpus_by_node)
     if config.device == "cuda" or config.precision == "float16":
         asked = "--device cuda" if config.device == "cuda" else "--precision float16"
-        raise ConfigurationError(f"{asked} needs GPUs, but the captioning actors get none; leave it out to run on CPUs")
+        raise ConfigurationError(
+            f"{asked} needs GPUs, but the captioning actors get none of the cluster's {sum(gpus_by_node):g}; start "
+            "when a node with a GPU is up, or leave it out to run on CPUs"
+        )
     return _on_cpus(config, cores_by_node)
 
 
@@ -73,6 +82,8 @@ def _on_gpus(
     cpus_per_actor = min(1.0, *shares)
     return Resources(
         num_actors=num_actors,
+        max_actors=max(num_actors, config.max_actors or 0),
+        device="cpu" if config.device == "cpu" else "cuda",
         gpus_per_actor=gpus_per_actor,
         cpus_per_actor=cpus_per_actor,
         threads_per_actor=1,
@@ -95,6 +106,8 @@ def _on_cpus(config: CaptionConfig, cores_by_node: list[int]) -> Resources:
         )
     return Resources(
         num_actors=num_actors,
+        max_actors=max(num_actors, config.max_actors or 0),
+        device="cpu",
         gpus_per_actor=0,
         cpus_per_actor=cpus_per_actor,
         threads_per_actor=threads,

@@ -15,9 +15,8 @@ from raycap.bulk import commit
 from raycap.bulk.config import CaptionConfig, ExportConfig
 from raycap.bulk.export import export
 from raycap.bulk.export.files import MARKER
-from raycap.bulk.layout import CHUNK_ROWS, RUN, SUMMARY, Round, chunk_rows
+from raycap.bulk.layout import CHUNK_ROWS, LOCK, RUN, SUMMARY, Round, chunk_rows
 from raycap.bulk.listing import list_again, make_manifest
-from raycap.bulk.lock import OutputLock
 from raycap.bulk.manifest import Manifest, load_manifest
 from raycap.bulk.previous import Previous
 from raycap.bulk.progress import RunProgress
@@ -27,6 +26,7 @@ from raycap.bulk.sources.store import root_of
 from raycap.errors import ConfigurationError, RaycapError
 from raycap.model.bundle import Bundle
 from raycap.storage import Store, open_store
+from raycap.storage.lock import OutputLock
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def caption(config: CaptionConfig) -> Outcome:
         source.check()
     bundle = Bundle.load(config.model, s3=config.s3)
     progress = RunProgress()
-    with OutputLock(output, status=progress.status) as lock:
+    with OutputLock(output, LOCK, status=progress.status) as lock:
         job = Job(config=config, source=source, output=output, bundle=bundle, lock=lock, progress=progress)
         summary, worked = _rounds(job)
         if config.format != "parquet" and not _is_exported(output, config.format, summary):

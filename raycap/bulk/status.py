@@ -13,12 +13,12 @@ from rich.table import Table
 
 from raycap.bulk import commit
 from raycap.bulk.config import StatusConfig
-from raycap.bulk.layout import RUN, SUMMARY, Round, chunk_rows, num_chunks
-from raycap.bulk.lock import is_alive, read_lock
+from raycap.bulk.layout import LOCK, RUN, SUMMARY, Round, chunk_rows, num_chunks
 from raycap.bulk.manifest import Manifest, load_manifest, parquet_table
 from raycap.bulk.progress import duration_text
 from raycap.errors import ConfigurationError, NotFoundError, ObjectError
 from raycap.storage import Store, open_store
+from raycap.storage.lock import is_alive, read_lock
 
 NUM_CHUNKS_READ: Final = 64
 """Chunk files that are opened to see what fails: more would not change the picture, and there may be 10^5 of them."""
@@ -48,7 +48,7 @@ def _status(output: Store) -> dict[str, Any]:
     summary = commit.read_json(output, SUMMARY) if has_summary else {}
     number = int(run.get("round", summary.get("round", 0)))
     result: dict[str, Any] = {"output": output.location, "source": run.get("source") or summary.get("source")}
-    lock, alive = read_lock(output), is_alive(output)
+    lock, alive = read_lock(output, LOCK), is_alive(output, LOCK)
     if summary and summary.get("round", 0) >= number and not alive:
         return result | {"state": "complete", **_of_summary(summary)}
     result |= {"state": str((lock or {}).get("state", "running")) if alive else "stopped", "round": number}

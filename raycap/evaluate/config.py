@@ -17,7 +17,8 @@ class EvaluateConfig:
     """Score captions with the official COCO metrics: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr-D."""
 
     annotations: str
-    """COCO captions JSON with the reference captions; local or s3://."""
+    """COCO captions JSON with the reference captions, local or s3://; or a Karpathy JSON with its split, such as
+    dataset_coco.json#test."""
     images: str | None = None
     """Directory or s3:// prefix of the images, to caption and score them."""
     results: str | None = None

@@ -21,7 +21,7 @@ from raycap.evaluate.scores import Scores, check_scorers, score_captions
 from raycap.evaluate.table import scores_table
 from raycap.evaluate.tiles import Tile, make_tiles
 from raycap.readahead import read_ahead
-from raycap.storage import Store, open_store, write_bytes
+from raycap.storage import Store, check_file_writable, open_store, write_bytes
 
 if TYPE_CHECKING:
     from raycap.model.captioner import Captioner
@@ -39,7 +39,7 @@ def evaluate(config: EvaluateConfig) -> Scores:
     """
     check_scorers(config.tokenizer)
     for location in filter(None, (config.output, config.results_output, config.report)):
-        write_bytes(location, b"", config.s3)  # better to learn now that it cannot be written
+        check_file_writable(location, config.s3)
     images = read_captions(config.annotations, config.s3)
     captioner, store = None, None
     errors: dict[int, str] = {}

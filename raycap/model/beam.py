@@ -167,7 +167,9 @@ def _candidates(
         only_end_BKV = torch.full_like(step_BKV, NEVER)
         only_end_BKV[..., EOS] = step_BKV[..., EOS]
         return only_end_BKV + log_probs_BK[:, :, None]
-    step_BKV[..., [PAD, BOS]] = NEVER
+    # One by one: a list would be copied to a GPU, which waits for all that was begun before it.
+    step_BKV[..., PAD] = NEVER
+    step_BKV[..., BOS] = NEVER
     if not config.allow_unknown:
         step_BKV[..., UNKNOWN] = NEVER
     if tokens_BKT.shape[-1] == 1:

@@ -147,6 +147,8 @@ class Captioner:
                     f"got {each.dtype} {list(pixels.shape if isinstance(pixels, Tensor) else each.shape[1:])}"
                 )
         pixels_BHWC = torch.cat(batches) if len(batches) > 1 else batches[0]
+        if self.device.type == "cuda":  # copies from other memory are not asynchronous
+            pixels_BHWC = pixels_BHWC.pin_memory()
         return pixels_BHWC.to(self.device, non_blocking=True)
 
     def _to_caption(self, hypotheses: list[Hypothesis]) -> Caption:
@@ -162,7 +164,7 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(
-            f"device {name!r} is not available here: {str(error).splitlines()[0]}; use --device auto or cpu"
+            f"device {name!r} is not available here: {str(error).splitlines()[0]}; use --device cpu"
         ) from error
     return device
 

@@ -58,11 +58,14 @@ class Encoder(nn.Module):
         return grid_BCHW.flatten(2).transpose(1, 2)
 
     def freeze(self, num_stages: int) -> None:
-        """The stem and the first `num_stages` stages after it need no gradients, so none are computed below them.
+        """The stem and the first `num_stages` stages after it need no gradients, so none are computed below them; nor
+        do parameters that the features do not depend on.
 
         Stages are the parts between two changes of resolution or width, as the architecture's authors count them:
-        EfficientNets have 7, ResNets 4. With 0 nothing is frozen. Raises ConfigurationError if there are fewer.
+        EfficientNets have 7, ResNets 4. With 0 no stage is frozen. Raises ConfigurationError if there are fewer.
         """
+        for parameter in self._idle_parameters():
+            parameter.requires_grad_(False)
         if num_stages == 0:
             return
         stem, *stages = _stages(self.backbone)
@@ -73,6 +76,20 @@ class Encoder(nn.Module):
         for parameters in (stem, *stages[:num_stages]):
             for parameter in parameters:
                 parameter.requires_grad_(False)
+
+    def _idle_parameters(self) -> list[nn.Parameter]:
+        """What the features do not depend on, such as timm's layers between the grid and the classifier. Workers that
+        exchange gradients would wait for theirs."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not parameters:
+            return []
+        was_training = self.training
+        blank_BHWC = torch.zeros(1, 128, 128, 3, dtype=torch.uint8, device=self.mean.device)
+        with torch.enable_grad():
+            features_BPC = self.eval()(blank_BHWC)
+        self.train(was_training)
+        gradients = torch.autograd.grad(features_BPC.sum(), parameters, allow_unused=True)
+        return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
 
 class _TimmGrid(nn.Module):

@@ -38,6 +38,8 @@ def use_engine(
     in_use: Engine = engine
     if engine == "auto":
         in_use = "onnx" if suits_onnx and is_installed() else "torch"
+        if suits_onnx and in_use == "torch":
+            log.info("PyTorch runs the encoder, which takes longer than ONNX Runtime would: pip install 'raycap[onnx]'")
     if in_use == "onnx":
         try:
             fast: list[Encoder] = [onnx_encoder(*each) for each in zip(encoders, trials, strict=True)]
@@ -91,14 +93,16 @@ def _compile(encoder: Encoder, trial: Trial) -> None:
     """Compile in place. Inductor keeps what it made on disk, so that other processes find it."""
     encoder.compile(options={"freezing": True})
     # The number of images alone varies: with dynamic=True, sizes do too, and compiling takes over ten times as long.
+    # For one image the compiler makes code of its own; now, so that no later batch waits for it.
     pixels_BHWC = trial.pixels_BHWC.to(encoder.mean.device)
     torch._dynamo.mark_dynamic(pixels_BHWC, 0)
     try:
         with torch.inference_mode():
             encoder(pixels_BHWC)  # compiles, as the first call does
+            encoder(pixels_BHWC[:1])
         trial.check(encoder)
     except Exception as error:  # the compiler has many classes of errors, and some come from g++ or Triton
         raise ConfigurationError(
-            f"engine compile cannot run encoder {encoder.config.name}: {first_line(error)}; on a CPU it needs a C++ "
-            "compiler, such as g++; or use --engine auto"
+            f"engine compile cannot run encoder {encoder.config.name}: {first_line(error)}; it needs a compiler, "
+            "such as g++; or use --engine auto"
         ) from error

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import importlib.util
 import logging
 import os
 import tempfile
 import warnings
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -75,11 +75,18 @@ def onnx_encoder(encoder: Encoder, trial: Trial) -> OnnxEncoder:
                 return kept
             model = _export(encoder, trial)
             exported = _opened(model, encoder.config, trial)
-            replace_file(str(path), model)
+            try:
+                replace_file(str(path), model)
+            except OSError as error:
+                _warn_not_kept(error)
             return exported
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        log.warning("the exported encoder is not kept for the next start: %s; RAYCAP_CACHE_DIR sets where", error)
+        _warn_not_kept(error)
         return _opened(_export(encoder, trial), encoder.config, trial)
+
+
+def _warn_not_kept(error: Exception) -> None:
+    log.warning("the exported encoder is not kept for the next start: %s; RAYCAP_CACHE_DIR sets where", error)
 
 
 def _folder() -> Path:
@@ -89,11 +96,18 @@ def _folder() -> Path:
 
 
 def _key(encoder: Encoder, trial: Trial) -> str:
-    versions = [version(package) for package in ("torch", *_PACKAGES)]
-    digest = hashlib.sha256(repr((encoder.config, trial.pixels_BHWC.shape, versions)).encode())
+    digest = hashlib.sha256(repr((encoder.config, trial.pixels_BHWC.shape, _versions())).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _versions() -> list[str]:
+    """As the packages say themselves: onnxruntime comes from distributions of several names."""
+    try:
+        return [importlib.import_module(package).__version__ for package in ("torch", *_PACKAGES)]
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"ONNX Runtime is installed but cannot be loaded: {first_line(error)}") from error
 
 
 def _kept(path: Path, config: EncoderConfig, trial: Trial) -> OnnxEncoder | None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raycap.model.beam import NEVER, Features, StepDecoder
+from raycap.model.beam import NEVER, STEPS_BETWEEN_LOOKS, Features, StepDecoder
 from raycap.model.vocabulary import BOS, EOS, PAD, UNKNOWN
-
-NEVER_DRAWN = [PAD, BOS, UNKNOWN]
 
 
 @torch.no_grad()
@@ -45,21 +43,30 @@ def sample(
     token_R = torch.full((len(state[0]),), BOS, device=state[0].device)
     ended_R = torch.zeros_like(token_R, dtype=torch.bool)
     columns: list[Tensor] = []
+    looks_every = STEPS_BETWEEN_LOOKS.get(token_R.device.type, 1)
     for _ in range(max_length):
         step = decoder.step(token_R, state, memory)
         state = step.state
-        scores_RV = step.logits_RV.float() / temperature
-        scores_RV[:, NEVER_DRAWN if columns else [*NEVER_DRAWN, EOS]] = NEVER
+        scores_RV = drawable(step.logits_RV, temperature, num_first=0 if columns else len(token_R))
         probs_RV = _nucleus(torch.softmax(scores_RV, -1), top_p)
         token_R = torch.multinomial(probs_RV, 1, generator=generator).squeeze(1).masked_fill(ended_R, PAD)
         columns.append(token_R)
         ended_R = ended_R | (token_R == EOS)
-        if ended_R.all():
+        if len(columns) % looks_every == 0 and ended_R.all():
             break
     columns.append(torch.where(ended_R, PAD, EOS))
     tokens_RT = torch.stack(columns, 1)
     lengths_R = (tokens_RT != PAD).sum(1)
     return tokens_RT[:, : int(lengths_R.max())], lengths_R
+
+
+def drawable(logits_RV: Tensor, temperature: float, *, num_first: int) -> Tensor:
+    """The scores that words are drawn by, -inf for what is never drawn; the first `num_first` rows are first words'."""
+    scores_RV = logits_RV.float() / temperature
+    for word in (PAD, BOS, UNKNOWN):  # one by one: GPUs wait for a list
+        scores_RV[:, word] = NEVER
+    scores_RV[:num_first, EOS] = NEVER
+    return scores_RV
 
 
 def _nucleus(probs_RV: Tensor, top_p: float) -> Tensor:

@@ -25,7 +25,7 @@ from raycap.serve.config import ServeConfig
 from raycap.serve.guard import Guard
 from raycap.serve.health import Readiness
 from raycap.serve.metrics import Metrics
-from raycap.serve.openapi import CAPTION_BODY, PROBLEMS, add_request_schemas
+from raycap.serve.openapi import CAPTION_BODY, METRICS_ANSWERS, PROBLEMS, describe
 from raycap.serve.problems import ProblemError, image_problem, internal, invalid_fields
 from raycap.serve.schemas import Alternative, Attention, Captioned, CaptionResponse, Failed, Options, Timings
 from raycap.serve.urls import UrlFetcher
@@ -37,6 +37,7 @@ def create_app(
     *,
     fetch: Fetch | None = None,
     room: Room | None = None,
+    metrics: Metrics | None = None,
     names_answers: bool = True,
 ) -> ASGIApp:
     """The endpoint over `backends`, which are by name, the default one first.
@@ -45,6 +46,7 @@ def create_app(
         fetch: gives the bytes of an image by its address; by default a `UrlFetcher` if the settings allow any host,
             else requests with addresses are refused.
         room: of `max_queue` images; given by who closes it to end the server.
+        metrics: to count in.
         names_answers: put X-Request-ID on answers. The proxy of Ray Serve does that itself.
 
     Raises ConfigurationError for a file of API keys or names of hosts that are not as they should be.
@@ -52,9 +54,11 @@ def create_app(
     if fetch is None and config.allow_urls:
         fetch = UrlFetcher(config.allow_urls, max_bytes=config.max_body_bytes)
     room = room or Room(config.max_queue)
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     metrics.queue(lambda: room.taken)
-    app = _routes(Captions(config, backends, room, metrics), backends, metrics, fetch)
+    models = {name: Readiness(backend) for name, backend in backends.items()}
+    captions = Captions(config, models, room, metrics)
+    app = _routes(captions, models, metrics, fetch, asks_for_keys=config.keys_file is not None)
     guarded: ASGIApp = Guard(app, config=config, room=room, metrics=metrics, names_answers=names_answers)
     if config.cors_origins:
         guarded = CORSMiddleware(
@@ -67,7 +71,9 @@ def create_app(
     return guarded
 
 
-def _routes(captions: Captions, backends: Mapping[str, Backend], metrics: Metrics, fetch: Fetch | None) -> FastAPI:
+def _routes(
+    captions: Captions, models: Mapping[str, Readiness], metrics: Metrics, fetch: Fetch | None, *, asks_for_keys: bool
+) -> FastAPI:
     # No /docs: FastAPI's page loads its scripts from elsewhere.
     app = FastAPI(
         title="raycap",
@@ -80,13 +86,14 @@ def _routes(captions: Captions, backends: Mapping[str, Backend], metrics: Metric
 
     async def problem(request: Request, error: Exception) -> Response:
         found = _as_problem(error)
-        metrics.failure(found.code)
+        request.state.code = found.code
+        if not isinstance(error.__cause__, ImageError):  # that one is counted among the images
+            metrics.failure(found.code)
         return found.response(request.state.request_id)
 
     for kind in (ProblemError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, problem)
-    readiness = {name: Readiness(backend) for name, backend in backends.items()}
-    app.include_router(v2.router(captions, readiness), responses=PROBLEMS)
+    app.include_router(v2.router(captions, models), responses=PROBLEMS)
     app.include_router(page.router())
 
     @app.get("/healthz", tags=["Health"])
@@ -94,10 +101,10 @@ def _routes(captions: Captions, backends: Mapping[str, Backend], metrics: Metric
         """Whether the server runs."""
         return {"status": "ok"}
 
-    @app.get("/metrics", tags=["Health"], response_class=Response)
+    @app.get("/metrics", tags=["Health"], response_class=Response, responses=METRICS_ANSWERS)
     async def prometheus() -> Response:
         """Counters for Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await metrics.told(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post(
         "/v1/caption",
@@ -115,11 +122,11 @@ def _routes(captions: Captions, backends: Mapping[str, Backend], metrics: Metric
         start_s = time.perf_counter()
         body = await read_body(request, options, captions, fetch)
         metrics.stage("read", body.read_s)
-        model = body.options.model or captions.model_for(request.state.request_id)
+        model = request.state.model = body.options.model or captions.model_for(request.state.request_id)
         answer = await captions.caption(model, body.images, body.options)
         first = answer.results[0]
         if len(answer.results) == 1 and isinstance(first, ImageError):
-            raise image_problem(first)
+            raise image_problem(first) from first
         timings = _timings(answer, body.read_s, time.perf_counter() - start_s)
         content = CaptionResponse(
             model=answer.model,
@@ -130,7 +137,7 @@ def _routes(captions: Captions, backends: Mapping[str, Backend], metrics: Metric
         stages = ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.model_dump().items())
         return JSONResponse(content.model_dump(), headers={"Server-Timing": stages})
 
-    add_request_schemas(app)
+    describe(app, asks_for_keys=asks_for_keys)
     return app
 
 

@@ -14,10 +14,6 @@ from raycap.serve.schemas import Options
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class ModelChangedError(Exception):
-    """The pixels were prepared for another model than the one that is there now: prepare them again."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
     """What must be known of a model before it is asked."""
@@ -25,6 +21,15 @@ class ModelInfo:
     model_id: str
     preprocessing: Preprocessing
     decoding: DecodingConfig
+
+
+class ModelChangedError(Exception):
+    """The pixels were prepared for another model than the one that was asked: prepare them again."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__(info)
+        self.info = info
+        """Of the model that refused. (Ray's twin of this error has it too, but other `args`.)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

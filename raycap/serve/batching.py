@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+MANY_FAILURES = 3
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
@@ -54,6 +55,8 @@ class Batcher(Generic[Item, Answer]):
         self._arrived = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "raycap-model")
+        self._failed_in_a_row = 0
+        self._running_since_s: float | None = None
 
     async def submit(self, item: Item) -> Batched[Answer]:
         """The item's answer. If the caller is cancelled before its batch starts, the item is in no batch.
@@ -69,6 +72,12 @@ class Batcher(Generic[Item, Answer]):
         self._arrived.set()
         return await future
 
+    def is_suspect(self, longest_s: float) -> bool:
+        """Whether the last `MANY_FAILURES` batches failed, or the present one takes longer than `longest_s`."""
+        since_s = self._running_since_s
+        is_late = since_s is not None and time.perf_counter() - since_s > longest_s
+        return is_late or self._failed_in_a_row >= MANY_FAILURES
+
     async def close(self) -> None:
         """End the worker and its thread; what waits is cancelled."""
         if self._worker is not None:
@@ -82,14 +91,18 @@ class Batcher(Generic[Item, Answer]):
         loop = asyncio.get_running_loop()
         while True:
             batch = await self._next_batch()
-            start_s = time.perf_counter()
+            start_s = self._running_since_s = time.perf_counter()
             try:
                 answers = await loop.run_in_executor(self._thread, self._run, [each.item for each in batch])
             except Exception as error:
+                self._failed_in_a_row += 1
                 for each in batch:
                     if not each.future.done():
                         each.future.set_exception(error)
                 continue
+            finally:
+                self._running_since_s = None
+            self._failed_in_a_row = 0
             run_s = time.perf_counter() - start_s
             for each, answer in zip(batch, answers, strict=True):
                 if not each.future.done():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,10 +16,13 @@ from starlette.datastructures import UploadFile
 
 from raycap.serve.captions import Captions
 from raycap.serve.problems import ProblemError, invalid_fields
-from raycap.serve.schemas import Base64Image, CaptionRequest, Options
+from raycap.serve.schemas import Base64Image, CaptionRequest, ImageAddress, Options
 
-Fetch = Callable[[str], Awaitable[bytes]]
-"""Gives the bytes behind an address, or raises ProblemError."""
+Fetch = Callable[[Sequence[str]], Awaitable[Sequence[bytes]]]
+"""Gives the bytes behind the addresses of one request, or raises ProblemError."""
+MAX_VALUES = 10_000
+"""Of a body in JSON. Making a million objects and telling what is wrong with each would hold up all other requests, and
+take gigabytes."""
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -59,7 +63,24 @@ def checked(model: type[T], value: Any) -> T:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise invalid_fields(error.errors()) from None
+        raise invalid_fields(error.errors(include_url=False, include_input=False)) from None
+
+
+def checked_json(model: type[T], body: bytes) -> T:
+    """As `checked`, of JSON. Raises ProblemError for what is none, or of too many values."""
+    if body.count(b",") > MAX_VALUES:
+        raise ProblemError(422, "invalid_request", f"expected JSON of at most {MAX_VALUES:,} values")
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ProblemError(400, "invalid_json", "the body is not valid JSON") from error
+    return checked(model, value)
+
+
+def admit(request: Request, captions: Captions, num_images: int) -> None:
+    """Have the request keep room for its images. Raises ProblemError if there is none, or if they are too many."""
+    captions.check_number(num_images)
+    request.state.place.hold(num_images)
 
 
 async def _form(request: Request, captions: Captions) -> tuple[list[bytes], dict[str, Any]]:
@@ -67,25 +88,19 @@ async def _form(request: Request, captions: Captions) -> tuple[list[bytes], dict
         files = [value for name, value in form.multi_items() if name == "image"]
         if not files or not all(isinstance(file, UploadFile) for file in files):
             raise ProblemError(422, "no_image", "expected one or more files named image, as curl -F image=@FILE sends")
-        captions.check_number(len(files))
+        admit(request, captions, len(files))
         images = [await file.read() for file in files if isinstance(file, UploadFile)]
         return images, {name: value for name, value in form.multi_items() if name != "image"}
 
 
 async def _json(request: Request, captions: Captions, fetch: Fetch | None) -> tuple[list[bytes], dict[str, Any]]:
-    try:
-        asked = checked(CaptionRequest, await request.json())
-    except (ValueError, RecursionError) as error:
-        raise ProblemError(400, "invalid_json", "the body is not valid JSON") from error
-    captions.check_number(len(asked.images))
-    images = []
-    for image in asked.images:
-        if isinstance(image, Base64Image):
-            images.append(decode_base64(image.data))
-        elif fetch is None:
-            raise ProblemError(403, "urls_not_allowed", "this server fetches no images; send the image itself")
-        else:
-            images.append(await fetch(image.url))
+    asked = checked_json(CaptionRequest, await request.body())
+    admit(request, captions, len(asked.images))
+    addresses = [image.url for image in asked.images if isinstance(image, ImageAddress)]
+    if fetch is None and addresses:
+        raise ProblemError(403, "urls_not_allowed", "this server fetches no images; send the image itself")
+    fetched = iter(await fetch(addresses) if fetch else ())
+    images = [decode_base64(image.data) if isinstance(image, Base64Image) else next(fetched) for image in asked.images]
     return images, asked.options.model_dump(exclude_unset=True)
 
 

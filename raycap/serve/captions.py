@@ -17,11 +17,14 @@ from raycap.images import DecodedImage, Preprocessing, decode_image
 from raycap.serve.backend import Backend, ModelChangedError, ModelInfo, Result
 from raycap.serve.config import ServeConfig
 from raycap.serve.metrics import Metrics
-from raycap.serve.problems import ProblemError, draining, overloaded
+from raycap.serve.problems import ProblemError, draining, overloaded, unavailable
 from raycap.serve.schemas import Options
 
 DECODING_THREADS = 4
 """Pillow decodes outside of Python's lock: at 3 to 5 ms a photo, 4 threads decode about 1,000 a second."""
+MAX_ATTEMPTS = 20
+"""While bundles with other input sizes change places, an attempt meets the size that it prepared, or learns the other:
+whatever the shares, two in a row fail 1 time in 4 at most."""
 
 
 class Room:
@@ -29,26 +32,36 @@ class Room:
 
     def __init__(self, size: int) -> None:
         self.taken = 0
+        self.is_leaving = False
         self.is_closing = False
         self._size = size
         self._emptied = asyncio.Event()
 
     @contextmanager
-    def of(self, num_images: int) -> Iterator[None]:
-        """Keep room for so many until the block ends. Raises ProblemError at once if there is none."""
-        if self.taken + num_images > self._size:
-            raise overloaded()
-        self.taken += num_images
+    def place(self) -> Iterator[Place]:
+        """A request's place, for one image at first, until the block ends. Raises ProblemError if there is no room."""
+        place = Place(self)
+        place.hold(1)
         try:
-            yield
+            yield place
         finally:
-            self.taken -= num_images
+            self.taken -= place.num_images
             if not self.taken:
                 self._emptied.set()
 
+    def take(self, num_images: int) -> None:
+        """Take room for so many more. Raises ProblemError at once if there is none."""
+        if self.taken + num_images > self._size:
+            raise overloaded()
+        self.taken += num_images
+
+    def leave(self) -> None:
+        """Say that the server is about to end, so that load balancers turn away; who comes is answered as before."""
+        self.is_leaving = True
+
     async def close(self) -> None:
         """Have requests that come from now on refused; return when those that came before are answered."""
-        self.is_closing = True
+        self.is_leaving = self.is_closing = True
         while self.taken:
             self._emptied.clear()
             await self._emptied.wait()
@@ -57,6 +70,24 @@ class Room:
         """Raise ProblemError if it is closing."""
         if self.is_closing:
             raise draining()
+
+    def check_stays(self) -> None:
+        """Raise ProblemError if it is about to close."""
+        if self.is_leaving:
+            raise draining()
+
+
+class Place:
+    """What one request has of the room."""
+
+    def __init__(self, room: Room) -> None:
+        self.num_images = 0
+        self._room = room
+
+    def hold(self, num_images: int) -> None:
+        """Have room for so many images. Raises ProblemError at once if there is none."""
+        self._room.take(num_images - self.num_images)
+        self.num_images = num_images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,13 +141,26 @@ class Captions:
 
         Raises ProblemError for a request that gets no results.
         """
-        self.check_number(len(images))
-        # The guard has kept room for the request, as one image.
-        with self.room.of(len(images) - 1):
+        info = await self._info_for(model, options)
+        decoded: dict[Preprocessing, list[DecodedImage | ImageError]] = {}
+        decode_s = 0.0
+        for _ in range(MAX_ATTEMPTS):
+            if info.preprocessing not in decoded:
+                start_s = time.perf_counter()
+                decoded[info.preprocessing] = await self._decode(images, info.preprocessing)
+                decode_s += time.perf_counter() - start_s
             try:
-                return await self._caption(model, images, options, await self.info(model))
-            except ModelChangedError:
-                return await self._caption(model, images, options, await self.info(model, again=True))
+                results = await self._ask(model, decoded[info.preprocessing], options, info)
+            except ModelChangedError as changed:
+                info = self._infos[model] = changed.info
+                continue
+            self._metrics.stage("decode", decode_s)
+            self._metrics.captioned(model, results)
+            model_id = next((each.model_id for each in results if isinstance(each, Result)), info.model_id)
+            if model_id != info.model_id:
+                self._infos.pop(model, None)  # another bundle took its place
+            return Answer(model=model, model_id=model_id, results=results, decode_s=decode_s)
+        raise unavailable()
 
     def check_number(self, num_images: int) -> None:
         """Raise ProblemError for more images than a request may have."""
@@ -125,37 +169,39 @@ class Captions:
                 413, "too_many_images", f"expected at most {self._config.max_images} images, got {num_images}"
             )
 
-    async def _caption(self, model: str, images: Sequence[bytes], options: Options, info: ModelInfo) -> Answer:
-        if not options.samples and (options.alternatives or 0) >= (options.beam_size or info.decoding.beam_size):
-            raise ProblemError(
-                422,
-                "invalid_options",
-                f"{info.decoding.beam_size} beams, the model's default, give at most {info.decoding.beam_size - 1} "
-                "alternatives: raise beam_size",
-            )
-        start_s = time.perf_counter()
-        decoded = await asyncio.gather(*(self._decode(data, info.preprocessing) for data in images))
-        decode_s = time.perf_counter() - start_s
-        self._metrics.stage("decode", decode_s)
-        found: list[Result] = []
+    async def _info_for(self, model: str, options: Options) -> ModelInfo:
+        """Raises ProblemError for options that the model cannot follow."""
+        for again in (False, True):  # another bundle may have taken its place
+            info = await self.info(model, again=again)
+            if options.samples or (options.alternatives or 0) < (options.beam_size or info.decoding.beam_size):
+                return info
+        raise ProblemError(
+            422,
+            "invalid_options",
+            f"{info.decoding.beam_size} beams, the model's default, give at most {info.decoding.beam_size - 1} "
+            "alternatives: raise beam_size",
+        )
+
+    async def _ask(
+        self, model: str, decoded: Sequence[DecodedImage | ImageError], options: Options, info: ModelInfo
+    ) -> list[Result | ImageError]:
+        """The model's results, with the errors in their places."""
         pixels = [image.pixels_HWC for image in decoded if isinstance(image, DecodedImage)]
+        found: list[Result] = []
         if pixels:
             found = await self._backend(model).caption(np.stack(pixels), info.preprocessing, options)
         rest = iter(found)
-        results = [each if isinstance(each, ImageError) else next(rest) for each in decoded]
-        self._metrics.captioned(model, results)
-        return Answer(
-            model=model, model_id=found[0].model_id if found else info.model_id, results=results, decode_s=decode_s
-        )
+        return [each if isinstance(each, ImageError) else next(rest) for each in decoded]
 
-    async def _decode(self, data: bytes, preprocessing: Preprocessing) -> DecodedImage | ImageError:
-        def decode() -> DecodedImage | ImageError:
+    async def _decode(self, images: Sequence[bytes], preprocessing: Preprocessing) -> list[DecodedImage | ImageError]:
+        def decode(data: bytes) -> DecodedImage | ImageError:
             try:
                 return decode_image(data, preprocessing, self._config.limits)
             except ImageError as error:
                 return error
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, decode)
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(self._threads, decode, data) for data in images))
 
     def _backend(self, model: str) -> Backend:
         try:

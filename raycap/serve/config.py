@@ -35,14 +35,14 @@ class ServeConfig:
     num_replicas: int = 1
     """Processes that caption, for each model."""
     max_replicas: int | None = None
-    """Let their number grow up to this while requests are waiting and the cluster, which may itself grow, has room."""
+    """Let their number grow up to this, one for each two batches of images in work, where the cluster, which may itself
+    grow, has room."""
     gpus_per_replica: float | None = None
     """GPUs of each replica, fractions allowed; by default 1 if the cluster has GPUs, else 0."""
     cpus_per_replica: int | None = None
     """Threads of each replica that has no GPU; by default those of the largest node, shared among the replicas."""
     num_ingress: int = 1
-    """Processes that take requests and decode images. The limits of queue and rate are each one's own, and so is what
-    /metrics tells."""
+    """Processes that take requests and decode images. The limits of queue and rate are each one's own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to caption. auto: on GPUs if the cluster has any."""
     precision: Precision = "auto"
@@ -65,6 +65,9 @@ class ServeConfig:
     """Images of more pixels are not decoded. Decoding takes 4 bytes of memory a pixel."""
     deadline_s: float = 30.0
     """A request that takes longer gets 503, and its images are captioned no more; seconds."""
+    drain_s: float = 5.0
+    """After SIGTERM requests are answered for so long as before while readiness says 503, so that load balancers turn
+    away before any is refused; seconds. Ctrl-C refuses at once."""
     keys_file: str | None = None
     """File of API keys, a line of NAME KEY for each; it is read again when it changes. By default no key is asked
     for."""
@@ -87,7 +90,9 @@ class ServeConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"{_flag(name)} must be above 0, got {value}")
         require(1 <= self.port <= 65535, f"--port must be from 1 to 65535, got {self.port}")
-        require(self.batch_wait_ms >= 0, f"--batch-wait-ms must not be negative, got {self.batch_wait_ms:g}")
+        for name in ("batch_wait_ms", "drain_s"):
+            value = getattr(self, name)
+            require(value >= 0, f"{_flag(name)} must not be negative, got {value:g}")
         require(
             self.max_queue >= max(self.max_images, self.batch_size),
             f"--max-queue must hold a request of --max-images and a batch, got {self.max_queue}",
@@ -95,6 +100,13 @@ class ServeConfig:
         require(
             self.max_replicas is None or self.max_replicas >= self.num_replicas,
             f"--max-replicas must be at least --num-replicas, got {self.max_replicas}",
+        )
+        # Ray starts a replica for each two batches in work: with a shorter queue, the last ones never.
+        wanted = 2 * self.batch_size * (self.max_replicas or 0)
+        require(
+            self.max_replicas in (None, self.num_replicas) or self.num_ingress * self.max_queue >= wanted,
+            f"--max-replicas {self.max_replicas} is for {wanted} images in work, two batches for each; "
+            f"--max-queue must be at least {math.ceil(wanted / self.num_ingress)}, got {self.max_queue}",
         )
         gpus = self.gpus_per_replica or 0
         require(gpus >= 0, f"--gpus-per-replica must not be negative, got {gpus:g}")

@@ -10,24 +10,27 @@ import json
 import logging
 import re
 import time
-import uuid
 from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raycap.serve.captions import Room
+from raycap.serve.captions import Place, Room
 from raycap.serve.config import ServeConfig
+from raycap.serve.front import request_id
 from raycap.serve.keys import ApiKeys, RateLimit
 from raycap.serve.metrics import Metrics
 from raycap.serve.page import PAGE_PATHS
-from raycap.serve.problems import ProblemError, retry_later
+from raycap.serve.problems import ProblemError, body_too_large, retry_later
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("raycap.serve.access")
 
 OPEN_PATHS = PAGE_PATHS | {"/healthz", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
 """For these no key is asked."""
+KNOWN_PATHS = OPEN_PATHS | {"/metrics", "/v1/caption", "/v2"}
+_OF_A_MODEL = re.compile(r"/v2/models/[^/]+((/versions/1)?(/ready|/infer)?)")
 CLIENT_GONE = 499
 """Status in log and metrics of a request whose client went before the answer (nginx's number; HTTP has none)."""
 SECURITY_HEADERS = {
@@ -37,7 +40,16 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+def route_of(path: str) -> str:
+    """The route's pattern, for log and metrics: a path may be anything, and what is refused reaches no route."""
+    of_a_model = _OF_A_MODEL.fullmatch(path)
+    return f"/v2/models/{{model}}{of_a_model[1]}" if of_a_model else path if path in KNOWN_PATHS else "other"
+
+
+class _ClientGone(BaseException):  # as CancelledError: not for the application's handlers of errors
+    """The client went before its request was whole."""
 
 
 class Guard:
@@ -84,20 +96,22 @@ class _Request:
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
         self.guard, self.scope, self.receive, self.send = guard, scope, receive, send
         self.headers = Headers(scope=scope)
-        given = self.headers.get("x-request-id", "")
-        self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.id = request_id(self.headers)
         self.sender = ""
         self.status = 0
         self.num_bytes = 0
         self.body_is_read = False
         self.start_s = time.perf_counter()
-        scope.setdefault("state", {})["request_id"] = self.id
+        self.state = scope.setdefault("state", {})
+        self.state["request_id"] = self.id
 
     async def answer(self) -> None:
         try:
             await self._pass_on()
         except ProblemError as problem:
             await self._refuse(problem)
+        except _ClientGone:
+            self.status = self.status or CLIENT_GONE
         except asyncio.CancelledError:
             self.status = self.status or CLIENT_GONE
             raise
@@ -111,10 +125,10 @@ class _Request:
         if self.scope["path"] not in OPEN_PATHS:
             self.sender = self.guard.check_sender(self.headers)
         length = self.headers.get("content-length", "")
-        self._check_size(int(length) if length.isdigit() else 0)
+        self._check_size(int(length) if re.fullmatch("[0-9]{1,18}", length) else 0)
         if self.headers.get("content-encoding", "identity").lower() != "identity":
             raise ProblemError(415, "unsupported_encoding", "expected a body without Content-Encoding")
-        with self._room():
+        with self._place() as self.state["place"]:
             try:
                 async with asyncio.timeout(self.guard.config.deadline_s) as deadline:
                     await self.guard.app(self.scope, self._receive, self._send)
@@ -123,14 +137,16 @@ class _Request:
                     raise
                 raise self._too_late() from None
 
-    def _room(self) -> AbstractContextManager[None]:
+    def _place(self) -> AbstractContextManager[Place | None]:
         if self.scope["method"] != "POST":
             return nullcontext()
         self.guard.room.check_open()
-        return self.guard.room.of(1)
+        return self.guard.room.place()
 
     async def _receive(self) -> Message:
         message = await self.receive()
+        if message["type"] == "http.disconnect" and not self.body_is_read:
+            raise _ClientGone
         self.num_bytes += len(message.get("body", b""))
         self._check_size(self.num_bytes)
         self.body_is_read = not message.get("more_body", False)
@@ -149,13 +165,13 @@ class _Request:
     async def _refuse(self, problem: ProblemError) -> None:
         """Answer with the problem, unless an answer has begun."""
         if not self.status:
+            self.state["code"] = problem.code
             self.guard.metrics.failure(problem.code)
             await problem.response(self.id)(self.scope, self.receive, self._send)
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self.guard.config.max_body_bytes:
-            limit = self.guard.config.max_body_bytes
-            raise ProblemError(413, "body_too_large", f"expected a body of at most {limit:,} bytes")
+            raise body_too_large(self.guard.config.max_body_bytes)
 
     def _too_late(self) -> ProblemError:
         limit_s = self.guard.config.deadline_s
@@ -166,14 +182,18 @@ class _Request:
     def _tell(self) -> None:
         """Count the request, and write its line."""
         seconds = time.perf_counter() - self.start_s
-        # The route's own pattern: a path may be anything.
-        route = getattr(self.scope.get("route"), "path", "other")
+        route = route_of(self.scope["path"])
         self.guard.metrics.request(route, self.status, seconds)
+        place = self.state.get("place")
         line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": self.id,
             "method": self.scope["method"],
             "route": route,
             "status": self.status,
+            "code": self.state.get("code"),
+            "model": self.state.get("model"),
+            "images": place.num_images if place else 0,
             "ms": round(1000 * seconds, 1),
             "bytes": self.num_bytes,
             "key": self.sender,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from raycap.errors import ImageError
 from raycap.serve.backend import Result
@@ -91,6 +93,35 @@ class Metrics:
             self._words.labels(model).observe(len(text.split()))
             self._log_prob.labels(model).observe(log_prob)
 
+    def families(self) -> list[Metric]:
+        """The numbers as they are now, to be sent to another process."""
+        return list(self.registry.collect())
+
     def text(self) -> bytes:
         """In Prometheus's own format."""
         return generate_latest(self.registry)
+
+    async def told(self) -> bytes:
+        """What /metrics answers: `text`, or that of all processes where there are several."""
+        return self.text()
+
+
+class UnionOfMetrics(Collector):
+    """The numbers of several processes. Each series has the name of its process as the label `ingress`."""
+
+    def __init__(self, processes: Mapping[str, Iterable[Metric]]) -> None:
+        self._families: dict[str, Metric] = {}
+        for ingress, families in processes.items():
+            for each in families:
+                family = self._families.setdefault(each.name, Metric(each.name, each.documentation, each.type))
+                family.samples += (
+                    sample._replace(labels={**sample.labels, "ingress": ingress}) for sample in each.samples
+                )
+
+    def collect(self) -> Iterable[Metric]:
+        """For Prometheus's own functions."""
+        return self._families.values()
+
+    def text(self) -> bytes:
+        """In Prometheus's own format."""
+        return generate_latest(self)

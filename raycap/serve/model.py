@@ -102,7 +102,7 @@ class ServedModel:
     async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
         """See `Backend.caption`."""
         if preprocessing != self._captioner.preprocessing:
-            raise ModelChangedError
+            raise ModelChangedError(await self.info())
         found = await asyncio.gather(*(self._batcher.submit(_Job(pixels, options)) for pixels in pixels_BHWC))
         return [
             Result(
@@ -116,6 +116,10 @@ class ServedModel:
             for batched in found
             for texts, attention_TRC in [batched.answer]
         ]
+
+    def is_suspect(self, longest_s: float) -> bool:
+        """See `Batcher.is_suspect`."""
+        return self._batcher.is_suspect(longest_s)
 
     async def close(self) -> None:
         """End its thread."""

@@ -1,128 +1,48 @@
 """The endpoint on Ray Serve.
 
-    HTTP proxy -> Ingress (checks, decodes; CPU) -> a deployment for each model (batches, captions; GPU or CPU)
+    front -> HTTP proxy -> Ingress (checks, decodes; CPU) -> a deployment for each model (batches, captions; GPU or CPU)
 
-Pixels pass once, from the ingress to a replica. torch is imported by the replicas of models alone.
+What runs in the processes of the last two is in replicas/on_ray.py.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import math
+import os
 import signal
-import threading
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import Any
 
 import ray
 from pydantic import TypeAdapter, ValidationError
 from ray import serve as ray_serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, ControllerOptions, HTTPOptions
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
 
 from raycap.errors import ConfigurationError
-from raycap.images import Preprocessing
 from raycap.on_ray import connect
-from raycap.serve.api import create_app
-from raycap.serve.backend import Array, ModelInfo, Result
-from raycap.serve.captions import Room
+from raycap.serve import front
 from raycap.serve.config import ServeConfig
-from raycap.serve.health import caption_sample
-from raycap.serve.problems import RETRY_AFTER_S, overloaded, unavailable
+from raycap.serve.keys import ApiKeys
+from raycap.serve.problems import RETRY_AFTER_S
+from raycap.serve.replicas.on_ray import SPARE_S, Ingress, ModelReplica
 from raycap.serve.resources import INGRESS_CPUS, Resources, check_room, plan_resources
-from raycap.serve.schemas import Options
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+from raycap.serve.urls import UrlFetcher
 
 log = logging.getLogger(__name__)
 
 APP = "raycap"
-SPARE_S = 10.0
-"""What Ray waits beyond the deadline of requests, which the ingress keeps: for requests and for replicas that end."""
+SURGE_PERCENT = 100
+"""In an upgrade the new replicas come first, as far as there is room, and each of the old ones goes for one of them."""
 BESIDE = 1000
 """Requests that an ingress may have beyond its queue: those that it refuses, health, metrics. What comes beyond these
-Ray's proxy refuses, in plain text; with a limit of 24, a burst of 100 requests met it."""
+Ray's proxy refuses, and has no line in the log; with a limit of 24, a burst of 100 requests met it."""
 LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)  # the guard writes the access log
-
-
-class ModelReplica:
-    """One process with one model. It is there when it has captioned a photo."""
-
-    async def __init__(self, config: ServeConfig, location: str | None, device: str, num_threads: int) -> None:
-        import torch
-
-        from raycap.model.bundle import Bundle
-        from raycap.serve.model import OnlineCaptioner, ServedModel
-
-        _log_to_stderr()
-        torch.set_num_threads(num_threads)
-        bundle = Bundle.load(location, s3=config.s3)
-        captioner = OnlineCaptioner(bundle, device=device, precision=config.precision, engine=config.engine)
-        self._model = ServedModel(captioner, batch_size=config.batch_size, batch_wait_s=config.batch_wait_ms / 1000)
-        await caption_sample(self._model)
-
-    async def info(self) -> ModelInfo:
-        """See `Backend.info`."""
-        return await self._model.info()
-
-    async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
-        """See `Backend.caption`."""
-        return await self._model.caption(pixels_BHWC, preprocessing, options)
-
-
-class ReplicaBackend:
-    """A `Backend` behind a handle: whichever replica of the model has the least to do."""
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
-
-    async def info(self) -> ModelInfo:
-        """See `Backend.info`."""
-        info: ModelInfo = await self._answer(self._handle.info.remote())
-        return info
-
-    async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
-        """See `Backend.caption`."""
-        results: list[Result] = await self._answer(self._handle.caption.remote(pixels_BHWC, preprocessing, options))
-        return results
-
-    async def _answer(self, response: Any) -> Any:
-        try:
-            return await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except BackPressureError:
-            raise overloaded() from None
-        except RayTaskError:  # an error of the model's, not of the way to it
-            raise
-        except (RayError, DeploymentUnavailableError) as error:
-            log.warning("a replica has gone: %s", error)
-            raise unavailable() from None
-
-
-@ray_serve.ingress()
-class Ingress:
-    """One process that takes requests."""
-
-    def __init__(self, config: ServeConfig, models: dict[str, DeploymentHandle[Any]]) -> None:
-        _log_to_stderr()
-        self._config = config
-        self._models = models
-        self._room = Room(config.max_queue)
-
-    async def close(self) -> None:
-        """Refuse new requests; return when those that came before are answered."""
-        await self._room.close()
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        backends = {name: ReplicaBackend(handle) for name, handle in self._models.items()}
-        return create_app(self._config, backends, room=self._room, names_answers=False)
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -138,7 +58,23 @@ def build_app(args: dict[str, Any]) -> Application:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigurationError(f"args: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return _application(config, plan_resources(config, _nodes()))
+    if front.max_body_mb() < config.max_body_mb:
+        raise ConfigurationError(
+            f"args: max_body_mb is {config.max_body_mb:g}, but Ray's proxies let {front.max_body_mb():g} MB through; "
+            f"set {front.MAX_BODY_MB} in the environment of the cluster's nodes"
+        )
+    if front.CALLBACK not in os.environ:
+        log.warning(
+            "Ray's proxies answer for themselves: set in the nodes' environment %s",
+            front.environment(config.max_body_mb),
+        )
+    _check_hosts(config)
+    resources = plan_resources(config, _nodes())
+    try:
+        check_room(config, resources, _nodes())
+    except ConfigurationError as error:
+        log.warning("waiting for the cluster to grow: %s", error)
+    return _application(config, resources)
 
 
 def serve(config: ServeConfig) -> int:
@@ -148,34 +84,76 @@ def serve(config: ServeConfig) -> int:
     """
     from raycap.model.bundle import Bundle
 
+    # What is wrong is told here: from a replica it would come as a traceback.
     for location in config.bundles.values():
-        Bundle.load(location, s3=config.s3)  # a wrong one is told here; from a replica it would come as a traceback
+        Bundle.load(location, s3=config.s3)
+    is_of_a_cluster = bool(config.ray_address or os.environ.get("RAY_ADDRESS"))
+    if config.keys_file and not is_of_a_cluster:  # whose nodes have files of their own
+        ApiKeys(config.keys_file)
+    _check_hosts(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connect(config.ray_address)
     resources = plan_resources(config, _nodes())
     check_room(config, resources, _nodes())
-    options = HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.deadline_s + SPARE_S)
     try:
-        ray_serve.start(http_options=options, logging_config=LOGGING)
+        start_proxies(config)
         ingress = ray_serve.run(_application(config, resources), name=APP, route_prefix="/", logging_config=LOGGING)
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError, RayError) as error:
         raise ConfigurationError(f"the endpoint did not start: {' '.join(str(error).split())}") from error
     log.info("answering at http://%s:%d", config.host, config.port)
-    _wait_for_signal()
+    drain_s = config.drain_s if _wait_for_signal() == signal.SIGTERM else 0.0
     log.info("answering what has come in")
-    ingress.broadcast("close").results(timeout_s=config.deadline_s + SPARE_S)
-    ray_serve.delete(APP)
+    try:
+        closing = ingress.broadcast("close", drain_s)
+        closing.results(timeout_s=drain_s + config.deadline_s + SPARE_S, return_exceptions=True)
+        ray_serve.delete(APP)
+    except (TimeoutError, RayError, DeploymentUnavailableError) as error:
+        log.warning("the endpoint did not end in time: %s", error)
     ray.shutdown()  # of a cluster, which may serve other applications, this only lets go
     return 0
 
 
-def _wait_for_signal() -> None:
-    """Return at the first SIGINT or SIGTERM; the next one does what it did before."""
-    came = threading.Event()
-    before = {number: signal.signal(number, lambda *_: came.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    came.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def start_proxies(config: ServeConfig) -> None:
+    """Have Ray's HTTP proxies listen, with `front` before them.
+
+    Raises ConfigurationError if they listen elsewhere already: Ray would leave them as they are.
+    """
+    timeout_s = config.deadline_s + SPARE_S
+    client = ray_serve.context._get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        there = client.http_config
+        there_s = math.inf if there.request_timeout_s is None else there.request_timeout_s
+        if (there.host, there.port) != (config.host, config.port) or there_s < timeout_s:
+            raise ConfigurationError(
+                f"Ray Serve on this cluster listens at {there.host}:{there.port} already, for {there_s:g} s a request: "
+                f"give --host {there.host}, --port {there.port} and a --deadline-s of at most {there_s - SPARE_S:g}, "
+                "or end it with `serve shutdown`"
+            )
+    # Ray kills a proxy that takes longer than this to start, 5 s by default, and the start with it: on a busy machine.
+    environment = front.environment(config.max_body_mb) | {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+    ray_serve.start(
+        http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout_s),
+        controller_options=ControllerOptions(runtime_env={"env_vars": environment}),
+        logging_config=LOGGING,
+    )
+
+
+def _wait_for_signal() -> int:
+    """Return the first SIGINT or SIGTERM; the next one does what it did before."""
+    came: SimpleQueue[int] = SimpleQueue()
+    before = {
+        number: signal.signal(number, lambda number, _: came.put(number)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    number = came.get()
+    for each, handler in before.items():
+        signal.signal(each, handler)
+    return number
+
+
+def _check_hosts(config: ServeConfig) -> None:
+    """Raise ConfigurationError for names that an ingress would refuse when it starts."""
+    if config.allow_urls:
+        UrlFetcher(config.allow_urls, max_bytes=config.max_body_bytes)
 
 
 def _application(config: ServeConfig, resources: Resources) -> Application:
@@ -195,6 +173,7 @@ def _application(config: ServeConfig, resources: Resources) -> Application:
         max_ongoing_requests=config.max_queue,
         max_queued_requests=config.max_queue,
         graceful_shutdown_timeout_s=drain_s,
+        max_surge_percent=SURGE_PERCENT,
         logging_config=LOGGING,
         ray_actor_options={"num_cpus": resources.cpus, "num_gpus": resources.gpus},
     )(ModelReplica)
@@ -209,6 +188,7 @@ def _application(config: ServeConfig, resources: Resources) -> Application:
         max_queued_requests=BESIDE,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         graceful_shutdown_timeout_s=drain_s,
+        max_surge_percent=SURGE_PERCENT,
         logging_config=LOGGING,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
     )(Ingress)
@@ -217,12 +197,3 @@ def _application(config: ServeConfig, resources: Resources) -> Application:
 
 def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _log_to_stderr() -> None:
-    """What raycap logs goes into the process's log file, which Ray keeps."""
-    logger = logging.getLogger("raycap")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)

@@ -51,8 +51,8 @@ class ProblemError(RaycapError):
 
 
 def invalid_fields(errors: Sequence[Any]) -> ProblemError:
-    """Of what pydantic says is wrong. It repeats nothing that was sent."""
-    wrong = [{"field": ".".join(map(str, each["loc"])), "detail": each["msg"]} for each in errors[:20]]
+    """Of what pydantic says is wrong. It repeats no value that was sent, and of names only the start."""
+    wrong = [{"field": ".".join(str(part)[:64] for part in each["loc"]), "detail": each["msg"]} for each in errors[:20]]
     summary = "; ".join(": ".join(filter(None, each.values())) for each in wrong[:3])
     return ProblemError(422, "invalid_request", summary, errors=wrong)
 
@@ -80,6 +80,11 @@ def unavailable() -> ProblemError:
 def internal() -> ProblemError:
     """An error of ours."""
     return ProblemError(500, "internal", "the server failed; its log says why")
+
+
+def body_too_large(max_bytes: int) -> ProblemError:
+    """The limit is of a request's whole body."""
+    return ProblemError(413, "body_too_large", f"expected a body of at most {max_bytes:,} bytes")
 
 
 def image_problem(error: ImageError) -> ProblemError:

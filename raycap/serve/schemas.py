@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+
+EXAMPLE_IMAGE = "R0lGODlhAQABAIAAAAUEBAAAACwAAAAAAQABAAACAkQBADs="
+"""A GIF of one pixel, in base64."""
 
 
 class Options(BaseModel):
@@ -14,7 +17,9 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = Field(
-        default=None, description="Name of the model; by default the first that is served, or its canary."
+        default=None,
+        max_length=64,
+        description="Name of the model; by default the first that is served, or its canary.",
     )
     beam_size: int | None = Field(default=None, ge=1, le=16, description="Beams of the search; 1 is greedy.")
     alternatives: int | None = Field(
@@ -54,7 +59,7 @@ class Base64Image(BaseModel):
     """An image in the request itself."""
 
     model_config = ConfigDict(extra="forbid")
-    data: str = Field(description="The image file, in base64.", examples=["/9j/4AAQSkZJRg..."])
+    data: str = Field(description="The image file, in base64.", examples=[EXAMPLE_IMAGE])
 
 
 class ImageAddress(BaseModel):
@@ -68,7 +73,8 @@ class CaptionRequest(BaseModel):
     """The JSON form of a request."""
 
     model_config = ConfigDict(extra="forbid")
-    images: Annotated[list[Base64Image | ImageAddress], Field(min_length=1)]
+    # The first wrong one is told of: errors of thousands take long to make.
+    images: Annotated[list[Base64Image | ImageAddress], Field(min_length=1), FailFast()]
     options: Options = Options()
 
 
@@ -95,7 +101,27 @@ class InferRequest(BaseModel):
     id: str | None = None
     parameters: dict[str, Any] = {}
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[RequestedOutput] = []
+    outputs: list[RequestedOutput] = Field(default=[], max_length=2)
+
+
+class OutputTensor(BaseModel):
+    """A tensor of an answer; without data, its bytes follow the JSON."""
+
+    name: Literal["caption", "log_prob"]
+    datatype: Literal["BYTES", "FP32"]
+    shape: list[int]
+    parameters: dict[str, Any] | None = None
+    data: list[str | float] | None = None
+
+
+class InferResponse(BaseModel):
+    """What a model answers."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    parameters: dict[str, Any]
+    outputs: list[OutputTensor]
 
 
 class Alternative(BaseModel):

@@ -35,7 +35,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are
 
 
 class UrlFetcher:
-    """Gives the bytes behind an address. Use it as the `fetch` of `create_app`."""
+    """Gives the bytes behind addresses. Use it as the `fetch` of `create_app`."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class UrlFetcher:
         """
         Args:
             hosts: those that may be asked: a name, `*.example.org` for all below example.org, or `*` for any.
-            max_bytes: largest body.
+            max_bytes: of the images of one request together.
             timeout_s: for one image, redirects included.
             resolve, network, ssl_context: by default the system's.
 
@@ -65,27 +65,37 @@ class UrlFetcher:
         self._max_bytes, self._timeout_s = max_bytes, timeout_s
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context,
+            max_connections=None,  # slow hosts must not hold up the others; the server's room bounds their number
             max_keepalive_connections=0,  # each image's host is looked up and checked anew
             network_backend=_PublicNetwork(resolve or _resolve, network or httpcore.AnyIOBackend()),
         )
 
-    async def __call__(self, url: str) -> bytes:
-        """The body of the answer. Raises ProblemError if it may not or cannot be had."""
+    async def __call__(self, urls: Sequence[str]) -> list[bytes]:
+        """The images of one request. Raises ProblemError if one of them may not or cannot be had."""
+        budget = _Budget(self._max_bytes)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._fetch(url, budget)) for url in urls]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _fetch(self, url: str, budget: _Budget) -> bytes:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._follow(url)
+                return await self._follow(url, budget)
         except TimeoutError as error:
             raise _failed(f"it took longer than {self._timeout_s:g} s") from error
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
             raise _failed("its server did not answer as it should") from error
 
-    async def _follow(self, url: str) -> bytes:
+    async def _follow(self, url: str, budget: _Budget) -> bytes:
         """The body, after redirects."""
         asked = self._checked(url)
         for _ in range(MAX_REDIRECTS + 1):
             async with self._pool.stream("GET", _target(asked), headers=_headers(asked)) as response:
                 if response.status not in _REDIRECTS:
-                    return await self._body(response)
+                    return await _body(response, budget)
                 location = dict(response.headers).get(b"location", dict(response.headers).get(b"Location", b""))
             try:
                 asked = self._checked(str(asked.join(location.decode("ascii"))))
@@ -110,15 +120,28 @@ class UrlFetcher:
             raise _refused()
         return parsed.copy_with(host=host)
 
-    async def _body(self, response: httpcore.Response) -> bytes:
-        if response.status != 200:
-            raise _failed(f"its server answered {response.status}")
-        body = bytearray()
-        async for chunk in response.aiter_stream():
-            body += chunk
-            if len(body) > self._max_bytes:
-                raise ProblemError(413, "too_large", f"the image at that address has more than {self._max_bytes} bytes")
-        return bytes(body)
+
+class _Budget:
+    """The bytes that may yet come."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._limit = self._left = num_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Raises ProblemError when there are no more."""
+        self._left -= num_bytes
+        if self._left < 0:
+            raise ProblemError(413, "too_large", f"the images at those addresses have more than {self._limit:,} bytes")
+
+
+async def _body(response: httpcore.Response, budget: _Budget) -> bytes:
+    if response.status != 200:
+        raise _failed(f"its server answered {response.status}")
+    body = bytearray()
+    async for chunk in response.aiter_stream():
+        budget.take(len(chunk))
+        body += chunk
+    return bytes(body)
 
 
 class _PublicNetwork(httpcore.AsyncNetworkBackend):
@@ -151,6 +174,8 @@ def is_public(address: Address) -> bool:
             meant = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if meant is not None:
             return is_public(meant)
+        if address.is_site_local:  # RFC 3879: deprecated, and still routed inside of sites
+            return False
     return address.is_global and not (address.is_multicast or address.is_reserved)
 
 

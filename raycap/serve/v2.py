@@ -7,10 +7,13 @@ follow the JSON as bytes (Triton's binary tensor data extension).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,16 +22,20 @@ from starlette.responses import Response
 
 import raycap
 from raycap.errors import ImageError
-from raycap.serve.body import checked, decode_base64
+from raycap.serve.body import admit, checked, checked_json, decode_base64
 from raycap.serve.captions import Answer, Captions
 from raycap.serve.health import Readiness
 from raycap.serve.openapi import INFER_ANSWER, INFER_BODY
 from raycap.serve.problems import ProblemError, image_problem, unavailable
-from raycap.serve.schemas import InferRequest, Options, RequestedOutput
+from raycap.serve.schemas import InferRequest, InputTensor, Options, RequestedOutput
 
 INPUT = "image"
 OUTPUTS = {"caption": "BYTES", "log_prob": "FP32"}
 JSON_LENGTH = "Inference-Header-Content-Length"
+VERSION = "1"
+_MODEL = "/models/{model}"
+_MODEL_VERSION = f"{_MODEL}/versions/{VERSION}"
+"""Clients may name the only version that there is; the document describes the routes without."""
 
 
 def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
@@ -36,7 +43,7 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
     routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
 
     async def check_ready(model: str) -> None:
-        captions.room.check_open()
+        captions.room.check_stays()
         if not await readiness[model].is_ready():
             raise unavailable()
 
@@ -46,68 +53,72 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
 
     @routes.get("/health/ready")
     async def ready() -> dict[str, bool]:
-        for model in captions.models:
-            await check_ready(model)
+        await asyncio.gather(*map(check_ready, captions.models))
         return {"ready": True}
 
     @routes.get("")
     async def server() -> dict[str, Any]:
         return {"name": "raycap", "version": raycap.__version__, "extensions": ["binary_tensor_data"]}
 
-    @routes.get("/models/{model}")
+    @routes.get(_MODEL_VERSION, include_in_schema=False)
+    @routes.get(_MODEL)
     async def metadata(model: str) -> dict[str, Any]:
         info = await captions.info(model, again=True)
         return {
             "name": model,
-            "versions": ["1"],
+            "versions": [VERSION],
             "platform": "raycap",
             "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
             "outputs": [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in OUTPUTS.items()],
             "parameters": {"model_id": info.model_id},
         }
 
-    @routes.get("/models/{model}/ready")
+    @routes.get(f"{_MODEL_VERSION}/ready", include_in_schema=False)
+    @routes.get(f"{_MODEL}/ready")
     async def model_ready(model: str) -> dict[str, Any]:
         await captions.info(model)  # of a model that is not there, 404
         await check_ready(model)
         return {"name": model, "ready": True}
 
-    @routes.post("/models/{model}/infer", responses=INFER_ANSWER, openapi_extra={"requestBody": INFER_BODY})
+    @routes.post(f"{_MODEL_VERSION}/infer", include_in_schema=False)
+    @routes.post(f"{_MODEL}/infer", responses=INFER_ANSWER, openapi_extra={"requestBody": INFER_BODY})
     async def infer(model: str, request: Request) -> Response:
-        asked, images = _read(await request.body(), request.headers.get(JSON_LENGTH))
+        asked, tail = _split(await request.body(), request.headers.get(JSON_LENGTH))
+        (tensor,) = asked.inputs
+        request.state.model = model[:64]
+        num_images = math.prod(tensor.shape)
+        if tensor.shape[1:] not in ([], [1]) or num_images < 1:
+            raise ProblemError(400, "invalid_tensor", f"expected {INPUT} of shape [N] or [N, 1]")
+        admit(request, captions, num_images)
+        images = _images(tensor, tail)
         given = {name: value for name, value in asked.parameters.items() if name in Options.model_fields}
         answer = await captions.caption(model, images, checked(Options, given))
         for each in answer.results:
             if isinstance(each, ImageError):
-                raise image_problem(each)  # the protocol has no place for one image's error
+                raise image_problem(each) from each  # the protocol has no place for one image's error
         return _write(model, asked, answer)
 
     return routes
 
 
-def _read(body: bytes, json_length: str | None) -> tuple[InferRequest, list[bytes]]:
-    """The request and its images. Raises ProblemError for what is not of the protocol."""
+def _split(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
+    """The request, and what follows its JSON. Raises ProblemError for what is not of the protocol."""
     length = len(body)
     if json_length is not None:
-        if not json_length.isdigit() or int(json_length) > length:
+        if not re.fullmatch("[0-9]{1,10}", json_length) or int(json_length) > length:
             raise ProblemError(400, "invalid_request", f"expected {JSON_LENGTH} to be of the body's first part")
         length = int(json_length)
-    try:
-        asked = checked(InferRequest, json.loads(body[:length]))
-    except (ValueError, RecursionError) as error:
-        raise ProblemError(400, "invalid_json", f"the body, up to {JSON_LENGTH}, is not valid JSON") from error
-    (tensor,) = asked.inputs
-    if tensor.data is None:
-        images = list(_elements(body[length:]))
-    else:
-        images = [decode_base64(text) for text in _texts(tensor.data)]
-    if tensor.shape[1:] not in ([], [1]) or math.prod(tensor.shape) != len(images) or not images:
-        raise ProblemError(
-            400,
-            "invalid_tensor",
-            f"expected {INPUT} of shape [N] or [N, 1], got {tensor.shape}, {len(images)} elements",
-        )
-    return asked, images
+    return checked_json(InferRequest, body[:length]), body[length:]
+
+
+def _images(tensor: InputTensor, tail: bytes) -> list[bytes]:
+    """The tensor's elements. Raises ProblemError if they are not as many as its shape says."""
+    num_images = math.prod(tensor.shape)
+    elements = _elements(tail) if tensor.data is None else map(decode_base64, _texts(tensor.data))
+    images = list(islice(elements, num_images + 1))
+    if len(images) != num_images:
+        raise ProblemError(400, "invalid_tensor", f"expected as many elements of {INPUT} as its shape says")
+    return images
 
 
 def _elements(data: bytes) -> Iterator[bytes]:
@@ -147,7 +158,8 @@ def _write(model: str, asked: InferRequest, answer: Answer) -> Response:
             outputs.append({**tensor, "parameters": {"binary_data_size": len(data)}})
         else:
             outputs.append({**tensor, "data": values[output.name]})
-    parts = {"model_name": model, "model_version": "1", "parameters": {"model_id": answer.model_id}, "outputs": outputs}
+    parameters = {"model_id": answer.model_id}
+    parts = {"model_name": model, "model_version": VERSION, "parameters": parameters, "outputs": outputs}
     head = json.dumps({"id": asked.id, **parts} if asked.id else parts).encode()
     if not tail:
         return Response(head, media_type="application/json")

@@ -19,6 +19,7 @@ Knows nothing of images, Ray or torch. boto3 is imported when first needed, not 
     spans.py     cuts a listing into parts that can be listed at the same time
     s3.py        S3Store: buckets and prefixes
     anywhere.py  Anywhere: objects by their full address
+    lock.py      one run on one output at a time
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ __all__ = [
     "Span",
     "Store",
     "arrow_filesystem",
+    "check_file_writable",
     "is_s3",
     "open_store",
     "read_bytes",
@@ -109,6 +111,14 @@ def write_bytes(location: str | os.PathLike[str], data: bytes, s3: S3Options = _
     """Make `data` the content of the one file or object at `location`: whole or not at all. Creates missing parents."""
     store, name = _parent_store(location, s3)
     store.write(name, data)
+
+
+def check_file_writable(location: str | os.PathLike[str], s3: S3Options = _DEFAULT_S3) -> None:
+    """Return if `write_bytes` can write there, else raise the error that says why. Leaves everything as it is."""
+    store, name = _parent_store(location, s3)
+    if isinstance(store, LocalStore) and os.path.isdir(store.uri(name)):  # noqa: PTH112
+        raise ConfigurationError(f"expected the full path of one file, got the folder {location}")
+    store.check_writable()
 
 
 def _parent_store(location: str | os.PathLike[str], s3: S3Options) -> tuple[Store, str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from raycap.errors import (
+    ConditionalWritesUnsupportedError,
     FetchError,
     ImageTooLargeError,
     NotFoundError,
@@ -24,6 +25,7 @@ from raycap.errors import (
 )
 from raycap.storage.base import TEMPORARY_PREFIX, ObjectInfo, Span, Store
 from raycap.storage.files import (
+    NO_LOCKS,
     NO_SUCH_FILE,
     identity,
     locked,
@@ -148,6 +150,8 @@ class LocalStore(Store):
                     return None
                 replace_file(path, data)
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                raise ConditionalWritesUnsupportedError(f"the file system of {folder} has no locks") from error
             raise storage_error(error, f"cannot write {path}") from error
         return _version(data)
 

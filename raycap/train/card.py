@@ -76,17 +76,19 @@ def model_card(
     vocabulary_size: int,
     fine_tuned: bool,
 ) -> str:
-    """The card's text. `metrics` is what goes into the bundle's metrics.json; `fine_tuned`: the CNN has learnt too."""
+    """The card's text. `metrics` is what goes into the bundle's metrics.json; `fine_tuned`: the CNN has learnt too, in
+    this training."""
     names = {"bleu_1": "BLEU-1", "bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider_d": "CIDEr-D"}
     scores = {label: metrics["scores"].get(name) for name, label in names.items()}
     head = "| " + " | ".join(scores) + " |\n|" + "---|" * len(scores)
     values = "| " + " | ".join("-" if value is None else f"{100 * value:.1f}" for value in scores.values()) + " |"
     stages = [f"{stage.epochs} epochs of {_STAGES[stage.kind]}" for stage in config.stages]
     start = f", from the bundle {last_part(config.init)}" if config.init else ""
+    encoder_weights = f"as in the bundle {last_part(config.init)}" if config.init else "with its ImageNet weights"
     return _TEMPLATE.format(
         name=config.run_name,
         encoder=encoder,
-        encoder_weights="fine-tuned" if fine_tuned else "frozen",
+        encoder_weights="fine-tuned" if fine_tuned else encoder_weights,
         decoder=_DECODERS[decoder],
         training=f"Training{start}: {', then '.join(stages)}.",
         num_images=num_images,

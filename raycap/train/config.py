@@ -97,8 +97,9 @@ class TrainConfig:
     """A stage ends after this many epochs without a better validation CIDEr-D; by default it does not."""
     batch_size: int = 20
     """Images in a batch, over all workers; each comes with all its captions."""
-    accumulate: int = 1
-    """Parts that each worker cuts its share of a batch into, one after the other, to need less memory."""
+    images_per_pass: int | None = None
+    """Most images that a worker takes at a time, to need less memory: it cuts its share of a batch into parts. By
+    default the whole share."""
     learning_rate: float = 6e-4
     """Peak of the Adam learning rate with cross-entropy."""
     fine_tune_learning_rate: float = 1e-4
@@ -216,7 +217,7 @@ class TrainConfig:
 
     def _require_ranges(self) -> None:
         """Raise ConfigurationError for a number that cannot be."""
-        at_least = dict.fromkeys(("batch_size", "accumulate", "hidden_size", "attention_size", "min_count"), 1)
+        at_least = dict.fromkeys(("batch_size", "images_per_pass", "hidden_size", "attention_size", "min_count"), 1)
         at_least |= dict.fromkeys(("max_length", "num_workers", "scst_samples", "keep_checkpoints"), 1)
         at_least |= dict.fromkeys(("patience", "cpus_per_worker"), 1)
         at_least |= dict.fromkeys(("epochs", "fine_tune_epochs", "scst_epochs", "warmup_steps", "weight_decay"), 0)

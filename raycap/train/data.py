@@ -5,9 +5,11 @@ Shapes: B images, P grid cells, C feature channels, N captions of these images, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -29,6 +31,12 @@ class Part(NamedTuple):
     """int64: places in the list of training images."""
     seeds_B: np.ndarray
     """uint32, drawn anew in each epoch: decide the variant (mirrored, cropped) of each image."""
+
+    def pieces(self, most: int | None) -> list[slice]:
+        """As few as hold `most` images each, of about the same size; None: all in one."""
+        num_images = len(self.images_B)
+        bounds = np.linspace(0, num_images, math.ceil(num_images / (most or num_images)) + 1).astype(int).tolist()
+        return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 class Batch(NamedTuple):
@@ -135,6 +143,14 @@ def as_batch(inputs: Tensor, captions: Sequence[tuple[int, Sequence[int]]], weig
         torch.tensor([weights[n] for n in order], dtype=torch.float32),
         sum(len(tokens) - 1 for _, tokens in captions),
     )
+
+
+def in_order_of_time(values_NT: Tensor, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
+    """What belongs to each row of `Decoder.forward`'s logits: the caption's number [M], and its value at the next token
+    [M]. `lengths_N` is on the CPU, the longest first."""
+    active_TN = lengths_N - 1 > torch.arange(int(lengths_N[0]) - 1)[:, None]
+    time_M, caption_M = (index.to(values_NT.device) for index in active_TN.nonzero(as_tuple=True))
+    return caption_M, values_NT[caption_M, time_M + 1]
 
 
 def read_features(features: Features, early: bool, parts: Iterable[Part]) -> Iterator[tuple[Part, Tensor, np.ndarray]]:

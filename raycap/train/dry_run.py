@@ -1,11 +1,13 @@
-"""`raycap train --dry-run`: is everything there, and does it fit? One batch of each stage, without Ray."""
+"""`raycap train --dry-run`: is everything there, and does it fit? One worker's batch of each stage, without Ray."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def dry_run(job: Job) -> dict[str, Any]:
-    """Say what the training would work with, and run one batch of each stage. Writes nothing.
+    """Say what the training would work with, and run one worker's share of a batch through each stage. Writes nothing.
 
     Returns what was found. Raises ConfigurationError if no image of the first batch can be read.
     """
@@ -57,8 +59,9 @@ def dry_run(job: Job) -> dict[str, Any]:
         log.warning("%d validation images are training images too: their scores will be too good", shared)
     _read(job, job.val_images, job.val_store, "validation")
     pixels_BHWC, readable_B = _read(job, job.train_images, job.train_store, "training")
+    share = np.flatnonzero(readable_B)[: math.ceil(config.batch_size / config.num_workers)]
     for stage in config.stages:
-        found[stage.kind] = _one_batch(job, stage, pixels_BHWC.to(device), readable_B)
+        found[stage.kind] = _one_batch(job, stage, share, pixels_BHWC[share].to(device))
     log.info("nothing was written; leave out --dry-run to train")
     return found
 
@@ -87,19 +90,23 @@ def _read(job: Job, images: list[CaptionedImage], store: Store, what: str) -> tu
     return torch.from_numpy(block["pixels"]), readable_B
 
 
-def _one_batch(job: Job, stage: Stage, pixels_BHWC: Tensor, readable_B: np.ndarray) -> dict[str, float]:
-    """Learn from one batch twice; the second time is the one to judge by."""
+def _one_batch(job: Job, stage: Stage, images: np.ndarray, pixels_BHWC: Tensor) -> dict[str, float]:
+    """Learn twice from the training images of these places; the second time is the one to judge by."""
     config, network = job.config, job.start.single.to(pixels_BHWC.device)
     data = CaptionData.encode(
-        job.train_images[: len(readable_B)], job.start.vocabulary, max_length=config.max_length,
-        batch_size=config.batch_size, seed=config.seed,
-    )  # fmt: skip
+        job.train_images[: images[-1] + 1],
+        job.start.vocabulary,
+        max_length=config.max_length,
+        batch_size=len(images),
+        seed=config.seed,
+    )
+    data = replace(data, images=images)
     with torch.no_grad():
         inputs = pixels_BHWC if stage.kind == "fine_tune" else network.encoder.eval()(pixels_BHWC)
 
     def read(parts: Iterable[Part]) -> Iterator[tuple[Part, Tensor, np.ndarray]]:
         for part in parts:
-            yield part, inputs[part.images_B], readable_B[part.images_B]
+            yield part, inputs[np.searchsorted(images, part.images_B)], np.ones(len(images), dtype=bool)
 
     self_critical = (
         SelfCritical(config, job.train_images, job.start.vocabulary) if stage.kind == "self_critical" else None
@@ -111,7 +118,8 @@ def _one_batch(job: Job, stage: Stage, pixels_BHWC: Tensor, readable_B: np.ndarr
         learner.train_epoch(epoch, lambda step, metrics: seen.update(metrics))
         seen["batch_s"] = time.monotonic() - started
     log.info(
-        "%s: inputs %s, loss %.3f, gradient norm %.2f, %.2f s a batch of %d images",
-        stage.kind, list(inputs.shape), seen["train/loss"], seen["train/grad_norm"], seen["batch_s"], len(readable_B),
+        "%s: inputs %s, loss %.3f, gradient norm %.2f, %.2f s for %d images%s",
+        stage.kind, list(inputs.shape), seen["train/loss"], seen["train/grad_norm"], seen["batch_s"], len(images),
+        f", the share of one of {config.num_workers} workers" if config.num_workers > 1 else "",
     )  # fmt: skip
     return seen

@@ -18,18 +18,20 @@ import io
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raycap.errors import ConfigurationError, NotFoundError, ObjectError, ObjectNotFoundError
+from raycap.errors import ConfigurationError, FetchError, NotFoundError, ObjectError, ObjectNotFoundError, StorageError
 from raycap.images import Preprocessing, decode_image
 from raycap.model.encoder import Encoder
 from raycap.readahead import read_ahead
@@ -46,6 +48,18 @@ NUM_READERS = 8
 """Threads that read and decode images."""
 NUM_DOWNLOADS = 4
 """Shards of a cache on S3 that are downloaded at once."""
+
+T = TypeVar("T")
+
+
+class FromFirst(Protocol):
+    """What the first worker makes, on all workers; it waits for that one."""
+
+    def __call__(self, make: Callable[[], T]) -> T: ...
+
+
+def _alone(make: Callable[[], T]) -> T:
+    return make()
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,8 @@ def cache_key(
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     wanted = set(names)
-    etags = {info.key: info.etag for info in images.list() if info.key in wanted}
+    begin = os.path.commonprefix(names)  # noqa: RUF071  # of text, not of directories: prefixes of keys are text
+    etags = {info.key: info.etag for info in images.list(begin) if info.key in wanted}
     if not etags:
         raise ConfigurationError(
             f"{images.location}: none of the {len(names)} images of the annotations is here (the first is "
@@ -105,21 +120,29 @@ def compute_features(
     flip: bool,
     rank: int = 0,
     world_size: int = 1,
+    from_first: FromFirst = _alone,
     barrier: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Features:
     """Open the features of these images in `cache`, computing first those that are not there.
 
-    Each worker computes every `world_size`th shard, so `cache` must be shared by the workers; `barrier` waits for all
-    of them. `progress(done, total)` is called after each batch of this worker. A cache on S3 is copied to `local_dir`,
-    which the workers of a machine, and later runs, share.
+    Each worker computes every `world_size`th shard, so `cache` must be shared by the workers. The first one looks what
+    there is and tells the others by `from_first`; `barrier` waits for all. `progress(done, total)` is called after each
+    batch of this worker. A cache on S3 is copied to `local_dir`, which the workers of a machine, and later runs, share.
+
+    Images that are missing or broken are named in the result. Raises StorageError if some could not be read for a
+    reason that may pass: what a cache holds depends on its key alone.
     """
-    key = cache_key(encoder, preprocessing, images, names, flip=flip)
     shards = [names[start : start + SHARD_IMAGES] for start in range(0, len(names), SHARD_IMAGES)]
-    present: set[str] = set()
-    with suppress(NotFoundError):  # no such directory yet
-        present = {info.key for info in cache.list(f"{key}/")}
-    missing = [number for number in range(len(shards)) if _file(key, number, "npy") not in present]
+
+    def look() -> tuple[str, list[int]]:
+        key = cache_key(encoder, preprocessing, images, names, flip=flip)
+        present: set[str] = set()
+        with suppress(NotFoundError):  # no such directory yet
+            present = {info.key for info in cache.list(f"{key}/")}
+        return key, [number for number in range(len(shards)) if _file(key, number, "npy") not in present]
+
+    key, missing = from_first(look)
     if mine := [number for number in missing if number % world_size == rank]:
         shape_VPC = (1 + flip, *_grid(encoder, preprocessing))
         if isinstance(cache, LocalStore):
@@ -128,11 +151,21 @@ def compute_features(
         encoded = _encode_shards(
             encoder, preprocessing, images, [shards[number] for number in mine], shape_VPC, progress
         )
-        for number, (array_NVPC, failed) in zip(mine, encoded, strict=True):
+        unread: dict[str, str] = {}
+        for number, (array_NVPC, failed, unread_here) in zip(mine, encoded, strict=True):
+            unread |= unread_here
+            if unread_here:
+                continue
             content = io.BytesIO()
             np.save(content, array_NVPC)
             cache.write(_file(key, number, "json"), json.dumps(failed, indent=1).encode())
             cache.write(_file(key, number, "npy"), content.getvalue())  # last: where it is, the shard is done
+        if unread:
+            name, reason = next(iter(unread.items()))
+            raise StorageError(
+                f"{len(unread)} images in {images.location} could not be read, such as {name} ({reason}); run the same "
+                "command again, which goes on with what is missing, or take them out of the annotations"
+            )
     barrier()
     directory = Path(cache.location) if isinstance(cache, LocalStore) else _copy(cache, key, local_dir)
     return _open(directory, key, len(shards))
@@ -145,8 +178,9 @@ def _encode_shards(
     shards: Sequence[Sequence[str]],
     shape_VPC: tuple[int, int, int],
     progress: Callable[[int, int], None],
-) -> Iterator[tuple[np.ndarray, dict[str, str]]]:
-    """The features of each shard's images, and the images that could not be read."""
+) -> Iterator[tuple[np.ndarray, dict[str, str], dict[str, str]]]:
+    """The features of each shard's images; the images that are missing or broken, and why; and those that could not be
+    read though they may be whole, and why."""
     names = [name for shard in shards for name in shard]
 
     def decode(data: bytes) -> np.ndarray:
@@ -156,6 +190,7 @@ def _encode_shards(
     for shard in shards:
         array_NVPC = np.zeros((len(shard), *shape_VPC), np.float16)
         failed: dict[str, str] = {}
+        unread: dict[str, str] = {}
         for start in range(0, len(shard), BATCH_SIZE):
             batch = next(batches)
             good = [(start + n, pixels) for n, (_, pixels) in enumerate(batch) if not isinstance(pixels, ObjectError)]
@@ -165,10 +200,13 @@ def _encode_shards(
             for index, error in batch:
                 if isinstance(error, ObjectNotFoundError):
                     error = ObjectNotFoundError(f"{names[index]} is in the annotations but not in {images.location}")
+                elif isinstance(error, FetchError):
+                    unread[names[index]] = f"{error.code}: {error}"
+                    continue
                 if isinstance(error, ObjectError):
                     failed[names[index]] = f"{error.code}: {error}"
             progress(batch[-1][0] + 1, len(names))
-        yield array_NVPC, failed
+        yield array_NVPC, failed, unread
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from raycap.train.config import TrainConfig
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = frozenset(
-    {"output", "weights_dtype", "data_notice", "num_workers", "min_workers", "use_gpu", "accumulate", "patience",
+    {"output", "weights_dtype", "data_notice", "num_workers", "min_workers", "use_gpu", "images_per_pass", "patience",
      "checkpoint_every", "keep_checkpoints", "max_failures"}
 )  # fmt: skip
 """Settings that a resumed run may change. The paths of its images may too: only their last part counts."""
@@ -58,7 +58,8 @@ class Job:
         val_store.check_readable()
         open_store(config.output, config.s3).check_writable()
         start = start_bundle(config, train_images)
-        start.single.encoder.freeze(config.frozen_stages)  # the stage does it; here it is to find out whether it can
+        if config.frozen_stages:  # the stage does it; here it is to find out whether it can
+            start.single.encoder.freeze(config.frozen_stages)
         job = cls(
             config=config,
             start=start,

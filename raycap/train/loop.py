@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from raycap.errors import ConfigurationError
 from raycap.model.captioner import auto_dtype
@@ -28,12 +27,15 @@ from raycap.model.decoder import Decoder
 from raycap.model.encoder import Encoder
 from raycap.model.network import CaptionNetwork
 from raycap.train.config import Stage, TrainConfig
-from raycap.train.data import Batch, CaptionData, Part
+from raycap.train.data import Batch, CaptionData, Part, in_order_of_time
+from raycap.train.schedule import learning_rate_share, moving_average
 from raycap.train.self_critical import SelfCritical
 
 Report = Callable[[int, dict[str, float]], None]
 Read = Callable[[Iterable[Part]], Iterator[tuple[Part, Tensor, np.ndarray]]]
 """Parts in; parts with their inputs out (pixels or features of each image) and whether each image was readable."""
+LEAST_SCALE = 2.0**-10
+"""Of float16 losses. It begins at 65,536 and halves with each overflow; what is not finite below this is none."""
 
 
 class Scorer(nn.Module):
@@ -75,16 +77,19 @@ class Learner:
         self.device = next(network.decoder.parameters()).device
         # gloo and NCCL meet here; a single worker needs no wrapping.
         self.wrapped = DistributedDataParallel(self.scorer) if data.world_size > 1 else self.scorer
+        if isinstance(self.wrapped, DistributedDataParallel):
+            # They are batch normalisation's statistics, which never move. Not as an argument: torch 2.14 warns of it.
+            self.wrapped.broadcast_buffers = False
         groups = [{"params": list(network.decoder.parameters()), "peak": stage.learning_rate}]
         if self.scorer.encoder is not None:
             learning = [parameter for parameter in network.encoder.parameters() if parameter.requires_grad]
             groups.append({"params": learning, "peak": stage.encoder_learning_rate})
-        self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.averaged = AveragedModel(self.scorer, multi_avg_fn=moving_average(config.ema_decay))
         self.dtype = training_dtype(config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step = 0
-        self.epoch_loss, self.epoch_tokens = 0.0, 0
+        self.epoch_loss, self.epoch_tokens = 0.0, 0.0  # of all workers
 
     @property
     def averaged_network(self) -> CaptionNetwork:
@@ -103,32 +108,38 @@ class Learner:
         every batch.
 
         All chance is seeded by seed, stage, batch and worker, so a resumed run goes on exactly as one that was never
-        stopped. Raises ConfigurationError if the loss is no longer a number.
+        stopped. Raises ConfigurationError if the loss is no longer a number, or if no image of the epoch can be read.
         """
         before = epoch * self.data.steps_per_epoch
         start = self.step - before
         if start == 0:
-            self.epoch_loss, self.epoch_tokens = 0.0, 0
+            self.epoch_loss, self.epoch_tokens = 0.0, 0.0
         started = time.monotonic()
         for part, inputs, readable_B in self.read(self.data.epoch(epoch, start=start)):
             self._seed()
             rate = self._set_learning_rate()
             batches, extra = self._batches(part, inputs.to(self.device), readable_B)
-            loss, num_tokens, grad_norm = self._optimize(batches)
+            own_loss, own_tokens, grad_norm = self._optimize(batches)
+            own = (own_loss, own_tokens, len(part.images_B), *extra.values())
+            loss, num_tokens, num_images, *sums = self._over_workers(*own)
             self.step += 1
             self.epoch_loss, self.epoch_tokens = self.epoch_loss + loss, self.epoch_tokens + num_tokens
-            images = self.data.batch_size * (self.step - before - start)
+            done = self.data.batch_size * (self.step - before - start)
             report(
                 self.step,
                 {
                     "train/loss": loss / max(num_tokens, 1),
                     "train/learning_rate": rate,
                     "train/grad_norm": grad_norm,
-                    "train/images_per_s": images / (time.monotonic() - started),
-                    **extra,
+                    "train/images_per_s": done / (time.monotonic() - started),
+                    **{name: value / num_images for name, value in zip(extra, sums, strict=True)},
                 },
             )
-        return {"train_loss": self.epoch_loss / max(self.epoch_tokens, 1), "epoch_s": time.monotonic() - started}
+        if self.epoch_tokens == 0:
+            raise ConfigurationError(
+                f"none of the training images of epoch {epoch + 1} can be read; check that --images is where they are"
+            )
+        return {"train_loss": self.epoch_loss / self.epoch_tokens, "epoch_s": time.monotonic() - started}
 
     def _seed(self) -> None:
         """Dropout and samples of the next batch are those of this stage, batch and worker, whatever came before."""
@@ -143,20 +154,20 @@ class Learner:
         return self.stage.learning_rate * share
 
     def _batches(self, part: Part, inputs: Tensor, readable_B: np.ndarray) -> tuple[list[Batch], dict[str, float]]:
-        """What this worker learns from in one step, and what else there is to say of it."""
+        """What this worker learns from in one step; and what else there is to say of it, summed over its images."""
         extra: dict[str, float] = {}
         batches = []
-        for pieces in _pieces(len(part.images_B), self.config.accumulate):
-            piece = Part(part.images_B[pieces], part.seeds_B[pieces])
+        for images in part.pieces(self.config.images_per_pass):
+            piece = Part(part.images_B[images], part.seeds_B[images])
             if self.self_critical is None:
-                batches.append(self.data.references(piece, inputs[pieces], readable_B[pieces]))
+                batches.append(self.data.references(piece, inputs[images], readable_B[images]))
             else:
                 self.scorer.train()
                 with self._arithmetic():
-                    batch, metrics = self.self_critical.samples(self.network.decoder, piece.images_B, inputs[pieces])
+                    batch, metrics = self.self_critical.samples(self.network.decoder, piece.images_B, inputs[images])
                 batches.append(batch)
-                share = len(piece.images_B) / len(part.images_B)
-                extra = {name: extra.get(name, 0.0) + share * value for name, value in metrics.items()}
+                for name, value in metrics.items():
+                    extra[name] = extra.get(name, 0.0) + len(piece.images_B) * value
         return batches, extra
 
     def _optimize(self, batches: list[Batch]) -> tuple[float, int, float]:
@@ -178,7 +189,9 @@ class Learner:
             total += loss_sum.item()
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.max_grad_norm).item()
-        if not (math.isfinite(grad_norm) or self.scaler.is_enabled()):  # the scaler leaves such a step out
+        # The scaler leaves out a step that overflows, and scales the next ones less.
+        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= LEAST_SCALE
+        if not (math.isfinite(grad_norm) or may_overflow):
             raise ConfigurationError(
                 f"training diverged: at batch {self.step + 1} the loss is {total / max(num_tokens, 1)} and its "
                 f"gradient's norm {grad_norm}; lower the learning rate, now {self.stage.learning_rate}"
@@ -187,6 +200,15 @@ class Learner:
         self.scaler.update()
         self.averaged.update_parameters(self.scorer)
         return total, num_tokens, grad_norm
+
+    def _over_workers(self, *sums: float) -> list[float]:
+        """This worker's sums as those of all."""
+        if self.data.world_size == 1:
+            return list(sums)
+        sums_of_all = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums_of_all)
+        result: list[float] = sums_of_all.tolist()
+        return result
 
     def _training_mode(self) -> None:
         self.wrapped.train()
@@ -217,7 +239,8 @@ class Learner:
                 logits_MV, targets_M, reduction="none", label_smoothing=self.config.label_smoothing
             )
         else:
-            losses_M = F.cross_entropy(self.self_critical.logits(logits_MV), targets_M, reduction="none")
+            scores_MV = self.self_critical.logits(logits_MV, num_captions=len(batch.lengths_N))
+            losses_M = F.cross_entropy(scores_MV, targets_M, reduction="none")
         return (losses_M * batch.weights_N.to(self.device)[caption_M]).sum()
 
     @torch.no_grad()
@@ -251,21 +274,9 @@ class Learner:
         """Continue where `state_dict` was taken, with any number of workers."""
         for name in ("scorer", "averaged", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(state[name])
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # as here, not as where the state was saved
         self.step, self.epoch_loss, self.epoch_tokens = state["step"], state["epoch_loss"], state["epoch_tokens"]
-
-
-def _pieces(num_images: int, accumulate: int) -> list[slice]:
-    """At most `accumulate` parts of about the same size."""
-    bounds = np.linspace(0, num_images, min(accumulate, num_images) + 1).astype(int).tolist()
-    return [slice(start, end) for start, end in pairwise(bounds)]
-
-
-def in_order_of_time(values_NT: Tensor, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
-    """What belongs to each row of `Decoder.forward`'s logits: the caption's number [M], and its value at the next token
-    [M]. `lengths_N` is on the CPU, the longest first."""
-    active_TN = lengths_N - 1 > torch.arange(int(lengths_N[0]) - 1)[:, None]
-    time_M, caption_M = (index.to(values_NT.device) for index in active_TN.nonzero(as_tuple=True))
-    return caption_M, values_NT[caption_M, time_M + 1]
 
 
 def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -274,23 +285,3 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
         return auto_dtype(device)
     dtype: torch.dtype = getattr(torch, config.precision)
     return dtype
-
-
-def learning_rate_share(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Of the peak: linear warm-up, then a half cosine to 0 (Loshchilov and Hutter 2017, without restarts)."""
-    warmup = min(warmup_steps, total_steps // 2)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """An exponential moving average that forgets the random start faster: its decay climbs to `decay` as
-    (1 + n) / (10 + n), n being the number of weights averaged so far."""
-
-    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int) -> None:
-        n = int(num_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
-
-    return average

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from raycap.errors import ObjectError
+from raycap.errors import ObjectError, StorageError
 from raycap.evaluate.overlay import attention_strip
 from raycap.images import decode_image
 from raycap.model.beam import beam_search
@@ -29,25 +29,27 @@ TENSORBOARD = "tensorboard"
 
 
 class Monitor:
-    """Hears of every batch and epoch."""
+    """Hears of every batch, epoch and checkpoint."""
 
     def __init__(self, job: Job, tell: Tell) -> None:
         self.job, self.config, self.tell = job, job.config, tell
         path = f"{self.config.run_path}/{TENSORBOARD}"
-        # TensorBoard writes to disks alone: what goes to S3 is copied there after each epoch.
+        # TensorBoard writes to disks alone: what goes to S3 is copied there before each checkpoint.
         self.copies_to = open_store(path, self.config.s3) if is_s3(path) else None
         self.directory = Path(tempfile.mkdtemp(prefix="raycap-tensorboard-") if self.copies_to else path)
-        self.writer = SummaryWriter(str(self.directory))
         self.last = time.monotonic()
         self.first_step = 0
         self.samples: list[tuple[str, np.ndarray]] | None = None
 
-    def begin(self, stage: Stage, steps_per_epoch: int) -> None:
-        """A stage begins."""
+    def begin(self, stage: Stage, steps_per_epoch: int, step: int) -> None:
+        """A stage begins, or goes on after batch number `step`."""
         self.stage, self.steps_per_epoch = stage, steps_per_epoch
         kinds = [each.kind for each in self.config.stages]
         before = self.config.stages[: kinds.index(stage.kind)]
-        self.first_step = sum(each.epochs for each in before) * steps_per_epoch
+        most_steps = max(1, len(self.job.train_images) // self.config.batch_size)  # of a stage that can read them all
+        self.first_step = sum(each.epochs for each in before) * most_steps
+        # What a lost worker has written since the checkpoint comes again.
+        self.writer = SummaryWriter(str(self.directory), purge_step=self.first_step + step + 1)
 
     def on_encoding(self, location: str, done: int, total: int) -> None:
         """While features are computed."""
@@ -86,7 +88,6 @@ class Monitor:
         for name in ("cider_d", "bleu_4"):
             self.writer.add_scalar(f"val/{name}", metrics[name], step)
         self._draw_samples(network, step)
-        self._flush()
         self.tell(
             f"{self.stage.kind} epoch {epoch}/{self.stage.epochs} done in {metrics['epoch_s']:.0f} s  "
             f"train loss {metrics['train_loss']:.3f}  validation CIDEr-D {100 * metrics['cider_d']:.1f}  "
@@ -121,13 +122,17 @@ class Monitor:
                 continue
         return samples[:NUM_SAMPLE_IMAGES]
 
-    def _flush(self) -> None:
+    def on_checkpoint(self) -> None:
+        """Before each checkpoint: a training that goes on from there needs the curves up to it."""
         self.writer.flush()
-        if self.copies_to is not None:
+        if self.copies_to is None:
+            return
+        try:
             for path in self.directory.iterdir():
                 self.copies_to.write(path.name, path.read_bytes())
+        except StorageError as error:  # no reason to stop a training
+            self.tell(f"the TensorBoard files are not up to date: {error}")
 
-    def close(self) -> None:
-        """The training is over."""
-        self._flush()
+    def end(self) -> None:
+        """The stage is over."""
         self.writer.close()

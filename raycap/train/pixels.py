@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +35,17 @@ def read_part(
             except ObjectError as error:
                 errors[index] = f"{error.code}: {error}"
     return {"name": np.array(names), "pixels": pixels_BHWC, "error": np.array(errors)}
+
+
+class Pixels:
+    """What a part's images are to the CNN. A part is a block of one row, whose values are lists. The processes that run
+    it import neither torch nor Ray Train."""
+
+    def __init__(self, read: Callable[[dict[str, Any]], dict[str, np.ndarray]]) -> None:
+        self.read = read
+
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, Any]:
+        return self.read({name: values[0] for name, values in block.items()})
 
 
 def augmented(data: bytes, preprocessing: Preprocessing, seed: int, *, flip: bool, crop: float) -> np.ndarray:

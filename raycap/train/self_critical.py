@@ -15,7 +15,7 @@ from raycap.coco import CaptionedImage
 from raycap.model.beam import beam_search
 from raycap.model.config import DecodingConfig
 from raycap.model.decoder import Decoder
-from raycap.model.sampling import NEVER_DRAWN, sample
+from raycap.model.sampling import drawable, sample
 from raycap.model.vocabulary import BOS, EOS, Vocabulary, tokenize
 from raycap.train.cider import CiderD
 from raycap.train.config import TrainConfig
@@ -39,7 +39,7 @@ class SelfCritical:
 
     def samples(self, decoder: Decoder, images_B: np.ndarray, features_BPC: Tensor) -> tuple[Batch, dict[str, float]]:
         """A batch of sampled captions, each weighted by its advantage: minimising its weighted cross-entropy is the
-        policy gradient (equation 7). Also the mean reward.
+        policy gradient (equation 7). Also the mean reward and number of words.
 
         `images_B` are the images' places in the list this was made of. The samples are drawn by the decoder in the mode
         it is in.
@@ -52,7 +52,9 @@ class SelfCritical:
             max_length=self.config.max_length,
             temperature=self.config.scst_temperature,
         )
-        captions = [row[:length] for row, length in zip(tokens_NT.tolist(), lengths_N.tolist(), strict=True)]
+        captions = [
+            self._drawn(row[:length]) for row, length in zip(tokens_NT.tolist(), lengths_N.tolist(), strict=True)
+        ]
         images_N = np.repeat(images_B, num_samples).tolist()
         rewards_BK = self._rewards(images_N, captions).reshape(len(images_B), num_samples)
         advantages_BK = rewards_BK - self._baseline(decoder, images_B, features_BPC, rewards_BK)
@@ -64,12 +66,14 @@ class SelfCritical:
         words = float(lengths_N.float().mean()) - 1
         return batch, {"train/reward": float(rewards_BK.mean()), "train/sample_words": words}
 
-    def logits(self, logits_MV: Tensor) -> Tensor:
-        """The logits of the distribution that the samples are drawn from. With others, what is never drawn (<unk>)
-        would take the probability that bad words lose, and captions would shrink."""
-        scores_MV = logits_MV / self.config.scst_temperature
-        scores_MV[:, NEVER_DRAWN] = float("-inf")
-        return scores_MV
+    def logits(self, logits_MV: Tensor, *, num_captions: int) -> Tensor:
+        """The logits of the distribution that the samples are drawn from. With others, what is never drawn (<unk>, an
+        end before the first word) would take the probability that bad words lose, and captions would shrink."""
+        return drawable(logits_MV, self.config.scst_temperature, num_first=num_captions)
+
+    def _drawn(self, caption: list[int]) -> list[int]:
+        """Without the <eos> that only `max_length` has put there: nobody said it, and it earns nothing."""
+        return caption[: self.config.max_length]
 
     def _rewards(self, images: Sequence[int], captions: Sequence[Sequence[int]]) -> np.ndarray:
         scores = [self.reward.score(image, caption) for image, caption in zip(images, captions, strict=True)]
@@ -88,4 +92,4 @@ class SelfCritical:
             greedy = DecodingConfig(beam_size=1, max_length=self.config.max_length, no_repeat_ngram=0)
             found = beam_search(decoder, features_BPC, greedy)
         decoder.train()
-        return self._rewards(images_B.tolist(), [[*best[0].tokens, EOS] for best in found])[:, None]
+        return self._rewards(images_B.tolist(), [self._drawn([*best[0].tokens, EOS]) for best in found])[:, None]

@@ -6,16 +6,16 @@ Knows nothing of Ray: what it needs of the place it runs in is a `Place`.
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from raycap.coco import CaptionedImage
@@ -34,12 +34,16 @@ from raycap.train.job import Job
 from raycap.train.loop import Learner, Read
 from raycap.train.monitor import Monitor, Tell
 from raycap.train.self_critical import SelfCritical
+from raycap.train.workers import Workers
 
 BATCH_SIZE = 64
 """Validation images captioned at a time."""
 READ_THREADS = 4
 NOT_VALIDATED = -1.0
 """CIDEr-D of a checkpoint within an epoch: Ray Train ranks checkpoints by it."""
+UNUSABLE = "unusable-images.json"
+"""Below the run's directory: images that are missing, broken or could not be read, and why."""
+Split = Literal["training", "validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,8 @@ class Place:
     """All workers call it together; the first one with a directory, which becomes a checkpoint."""
     resume_from: Path | None = None
     """A checkpoint's directory."""
-    read_pixels: Callable[[Job], Read]
-    """Images as pixels, augmented, while the CNN learns."""
+    read_pixels: Callable[[Job, dict[str, str]], Read]
+    """Images as pixels, augmented, while the CNN learns; the dictionary takes note of those that cannot be used."""
 
 
 def run_stages(job: Job, place: Place) -> None:
@@ -69,9 +73,12 @@ def run_stages(job: Job, place: Place) -> None:
 class _Training:
     def __init__(self, job: Job, place: Place) -> None:
         self.job, self.place, self.config = job, place, job.config
+        self.workers = Workers(place.rank, place.world_size)
         self.state = self._read_state()
         self.best = Best(**self.state["best"]) if self.state and self.state["best"] else None
         self.monitor = Monitor(job, place.tell) if place.rank == 0 else None
+        self.unusable: dict[Split, dict[str, str]] = {"training": {}, "validation": {}}
+        self.failed: dict[Split, dict[str, str]] = {"training": {}, "validation": {}}  # those of this worker alone
 
     def _best_network(self) -> CaptionNetwork:
         """The network that a stage begins with."""
@@ -94,6 +101,7 @@ class _Training:
         return state
 
     def run(self) -> None:
+        self.workers.check_shared(open_store(self.config.run_path, self.config.s3))
         stages = self.config.stages
         reached = [stage.kind for stage in stages].index(self.state["stage"]) if self.state else 0
         for index, stage in enumerate(stages):
@@ -101,8 +109,6 @@ class _Training:
             if index >= reached and not (resumed and resumed["stage_done"]):
                 self.network = self._best_network()
                 self._run_stage(stage, resumed)
-        if self.monitor:
-            self.monitor.close()
 
     def _run_stage(self, stage: Stage, resumed: dict[str, Any] | None) -> None:
         learner, validation = self._prepare(stage)
@@ -118,7 +124,7 @@ class _Training:
         elif self.best is None and self.config.init is not None:
             self._consider(self.network, validation, stage, 0)
         if self.monitor:
-            self.monitor.begin(stage, learner.data.steps_per_epoch)
+            self.monitor.begin(stage, learner.data.steps_per_epoch, learner.step)
 
         def state(epoch: int, *, done: bool) -> dict[str, Any]:
             return {
@@ -136,6 +142,7 @@ class _Training:
         while epoch < stage.epochs:
             metrics: dict[str, Any] = {"stage": stage.kind, "epoch": epoch + 1}
             metrics |= learner.train_epoch(epoch, after_batch)
+            self._name_unusable("training")
             scores, improved = self._consider(learner.averaged_network, validation, stage, epoch + 1)
             since_best = 0 if improved else since_best + 1
             epoch += 1
@@ -144,13 +151,17 @@ class _Training:
             patient = self.config.patience is None or since_best < self.config.patience
             self._checkpoint(state(epoch, done=epoch == stage.epochs or not patient), metrics | scores)
             if not patient:
-                self.place.tell(f"no better validation CIDEr-D in {since_best} epochs: this stage ends")
+                if self.place.rank == 0:
+                    self.place.tell(f"no better validation CIDEr-D in {since_best} epochs: this stage ends")
                 break
+        if self.monitor:
+            self.monitor.end()
 
     def _checkpoint(self, state: dict[str, Any], metrics: dict[str, Any]) -> None:
-        if self.place.rank != 0:
+        if self.monitor is None:
             self.place.report({}, None)
             return
+        self.monitor.on_checkpoint()
         with tempfile.TemporaryDirectory() as directory:
             write_state(Path(directory), state)
             self.place.report(metrics, Path(directory))
@@ -161,11 +172,11 @@ class _Training:
         failed: dict[str, str] = {}
         read: Read
         if frozen:
-            train = self._features(job.train_images, job.train_store, flip=self.config.flip)
-            val = self._features(job.val_images, job.val_store, flip=False)
+            train = self._features("training", job.train_images, job.train_store, flip=self.config.flip)
+            val = self._features("validation", job.val_images, job.val_store, flip=False)
             failed, read = train.failed, partial(read_features, train, place.device.type == "cuda")
         else:
-            read = place.read_pixels(job)
+            read = place.read_pixels(job, self.failed["training"])
         data = CaptionData.encode(
             job.train_images, job.start.vocabulary, max_length=self.config.max_length, failed=failed,
             batch_size=self.config.batch_size, rank=place.rank, world_size=place.world_size, seed=self.config.seed,
@@ -176,7 +187,7 @@ class _Training:
         learner = Learner(self.config, stage, self.network, data, read, self_critical)
         return learner, partial(self._cached_validation, val) if frozen else self._fresh_validation
 
-    def _features(self, images: list[CaptionedImage], store: Store, *, flip: bool) -> Features:
+    def _features(self, split: Split, images: list[CaptionedImage], store: Store, *, flip: bool) -> Features:
         """The cached features of these images; all workers compute them together."""
 
         def progress(done: int, total: int) -> None:
@@ -193,12 +204,12 @@ class _Training:
             flip=flip,
             rank=self.place.rank,
             world_size=self.place.world_size,
-            barrier=self._barrier,
+            from_first=self.workers.from_first,
+            barrier=self.workers.barrier,
             progress=progress,
         )
-        if features.failed and self.place.rank == 0:
-            name, reason = next(iter(features.failed.items()))
-            self.place.tell(f"{len(features.failed)} images cannot be used, such as {name} ({reason})")
+        self.failed[split] |= features.failed
+        self._name_unusable(split)
         if len(features.failed) == len(images):
             reason = next(iter(features.failed.values()))
             raise ConfigurationError(f"none of the {len(images)} images in {store.location} can be read: {reason}")
@@ -220,6 +231,10 @@ class _Training:
 
         batches = read_ahead(self.job.val_store, names, pixels, batch_size=BATCH_SIZE, num_threads=READ_THREADS)
         for batch in batches:
+            failed = {
+                names[index]: f"{error.code}: {error}" for index, error in batch if isinstance(error, ObjectError)
+            }
+            self.failed["validation"] |= failed
             good = [(rows[index], image) for index, image in batch if not isinstance(image, ObjectError)]
             if good:
                 pixels_BHWC = torch.from_numpy(np.stack([image for _, image in good])).to(self.place.device)
@@ -240,7 +255,14 @@ class _Training:
             found = beam_search(network.decoder, features_BPC, self.config.decoding)
             for row, hypotheses in zip(rows, found, strict=True):
                 captions[self.job.val_images[row].image_id] = self.job.start.vocabulary.decode(hypotheses[0].tokens)
-        captions = self._gathered(captions)
+        captions = self.workers.gathered(captions)
+        self._name_unusable("validation")
+        if not captions:
+            reasons = (f", such as {name} ({reason})" for name, reason in self.unusable["validation"].items())
+            raise ConfigurationError(
+                f"none of the {len(self.job.val_images)} validation images in {self.job.val_store.location} can be "
+                f"read{next(reasons, '')}; check --val-images"
+            )
         references = self.job.val_references(captions)
         scores = score_captions(references, captions, metrics=("bleu_4", "cider_d"), tokenizer="python").values
         improved = self.best is None or scores["cider_d"] > self.best.cider_d
@@ -248,18 +270,21 @@ class _Training:
             self.best = Best.of(network, self.job.start, scores["cider_d"], stage.kind, epoch, captions)
         return scores, improved
 
-    def _barrier(self) -> None:
-        """Wait for all workers."""
-        if self.place.world_size > 1:
-            dist.barrier()
-
-    def _gathered(self, mine: dict[int, str]) -> dict[int, str]:
-        """What all workers have."""
-        if self.place.world_size == 1:
-            return mine
-        parts: list[Any] = [None] * self.place.world_size
-        dist.all_gather_object(parts, mine)
-        return {image_id: caption for part in parts for image_id, caption in part.items()}
+    def _name_unusable(self, split: Split) -> None:
+        """Tell of images that could not be used and were not told of yet, and name them all in a file; by all workers
+        together."""
+        known = self.unusable[split]
+        new = {name: reason for name, reason in self.workers.gathered(self.failed[split]).items() if name not in known}
+        known |= new
+        if not new or self.place.rank != 0:
+            return
+        store = open_store(self.config.run_path, self.config.s3)
+        store.write(UNUSABLE, json.dumps(self.unusable, indent=1).encode())
+        name, reason = next(iter(new.items()))
+        self.place.tell(
+            f"{len(new)} {split} images cannot be used, such as {name} ({reason}); all are named in "
+            f"{store.uri(UNUSABLE)}"
+        )
 
 
 def _chunks(rows: list[int]) -> Iterable[list[int]]:

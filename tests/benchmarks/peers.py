@@ -33,6 +33,8 @@ from typing import Any
 from tests.commands import ROOT, clean_environment
 
 BATCH_SIZE = 32
+CORES = os.cpu_count() or 1
+"""Each way uses all: Ray, which two of them run on, knows no other number."""
 PEERS = ("plain", "ray", "daft", "raycap")
 
 
@@ -183,7 +185,7 @@ def measured(name: str, task: Task, python: str, env: dict[str, str]) -> dict[st
     task.output.mkdir()
     log = task.output.with_suffix(".log")
     arguments = ["--peer", name, "--images", task.images, "--output", str(task.output), "--engine", task.engine]
-    arguments += ["--batch-size", str(task.batch_size), "--cores", str(task.cores)]
+    arguments += ["--batch-size", str(task.batch_size)]
     started = time.time()
     with log.open("wb") as file:
         command = [python, "-m", "tests.benchmarks.peers", *arguments]
@@ -235,7 +237,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                         output=folder / f"{name}-{number}",
                         batch_size=options.batch_size,
                         engine=options.engine,
-                        cores=options.cores,
+                        cores=CORES,
                     )
                     python = options.daft_python if name == "daft" else sys.executable
                     runs[name].append(measured(name, task, python, env))
@@ -273,7 +275,6 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
-    parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--engine", default="torch", help="of the peers; raycap chooses its own")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--daft-python", default=sys.executable)
@@ -286,7 +287,7 @@ def main() -> None:
             output=options.output,
             batch_size=options.batch_size,
             engine=options.engine,
-            cores=options.cores,
+            cores=CORES,
         )
         peers: dict[str, Callable[[Task], None]] = {"plain": plain, "ray": ray, "daft": daft, "raycap": raycap}
         peers[options.peer](task)

@@ -34,11 +34,11 @@ class World:
 
     keys_per_s: float = 22_800
     """Listing. Measured: docs/exactly-once.md, 16 parts at a time in one process."""
-    driver_core_s: float = 0.017
-    """Of the driver for each chunk. Measured at 5 chunks/s on a busy machine, so the most that it will be."""
+    driver_core_s: float = 0.01
+    """Of the driver for each chunk. Measured at 39 chunks/s."""
     start_s: float = 60.0
     """From the manifest to the first fetching task on every node: actors load the model. Assumed."""
-    commit_core_s: float = 0.005
+    commit_core_s: float = 0.007
     """Of a committer for each chunk. Measured."""
     actors_per_committer: int = 4
     """And how many it writes at a time. Of bulk/on_ray.py, which knows Ray and so is not imported here."""

@@ -228,6 +228,7 @@ def test_storage_error_of_a_worker_is_told_as_it_is(copy: CaptionConfig) -> None
     with pytest.raises(StorageError, match=r"00000-00000\.parquet: not a manifest shard") as raised:
         caption(copy)
     assert type(raised.value) is StorageError
+    assert "Failed to" not in str(raised.value), "nothing of Ray's is added"
 
 
 def test_other_settings_are_refused(copy: CaptionConfig, tmp_path: Path) -> None:

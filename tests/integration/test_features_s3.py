@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from raycap.train.features import Features, compute_features
 from tests.hostile import encode
 from tests.s3 import S3Server
 from tests.small import small_encoder
+from tests.training import Together
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_aws_settings", "small_shards")]
 
@@ -65,10 +67,14 @@ def compute(
     *,
     encoder: Encoder | None = None,
     rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    together: Together | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Features:
+    """`together` is of three workers."""
+    shared: dict[str, Any] = {}
+    if together is not None:
+        shared = {"rank": rank, "world_size": 3, "barrier": together.barrier}
+        shared["from_first"] = partial(together.from_first, rank)
     return compute_features(
         encoder or small_encoder(),
         Preprocessing(size_px=16),
@@ -77,10 +83,8 @@ def compute(
         open_store(cache),
         local_dir=local_dir,
         flip=True,
-        rank=rank,
-        world_size=world_size,
-        barrier=barrier,
         progress=progress,
+        **shared,
     )
 
 
@@ -136,22 +140,17 @@ def test_later_runs_compute_nothing_and_copy_what_is_missing(images: Store, buck
 def test_the_workers_of_a_machine_share_a_copy(
     images: Store, bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoder, barrier = small_encoder(), threading.Barrier(3, timeout=60)
-
-    def barrier_of_all() -> None:
-        barrier.wait()
+    encoder, together = small_encoder(), Together(3)
 
     def work(rank: int) -> Features:
         cache = f"s3://{bucket}/runs/features"
-        return compute(
-            images, cache, tmp_path / "copy", encoder=encoder, rank=rank, world_size=3, barrier=barrier_of_all
-        )
+        return compute(images, cache, tmp_path / "copy", encoder=encoder, rank=rank, together=together)
 
     with ThreadPoolExecutor(3) as pool, caplog.at_level(logging.INFO, logger="raycap.train.features"):
-        together = list(pool.map(work, range(3)))
+        found = list(pool.map(work, range(3)))
     assert [record.message.split()[0] for record in caplog.records] == ["copying"], "one worker copies"
     alone = compute(images, f"s3://{bucket}/alone", tmp_path / "alone")
-    for features in together:
+    for features in found:
         np.testing.assert_array_equal(array(features), array(alone))
         assert features.failed == alone.failed
     assert copied(tmp_path / "copy").keys() == copied(tmp_path / "alone").keys()

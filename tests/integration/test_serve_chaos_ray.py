@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -11,18 +12,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+import ray
 from ray import serve as ray_serve
-from ray.serve.config import HTTPOptions
 
+from raycap.images import Preprocessing
 from raycap.model.bundle import Bundle
 from raycap.model.captioner import Captioner
-from raycap.serve.on_ray import build_app
-from tests.bundles import random_bundle
+from raycap.serve.config import ServeConfig
+from raycap.serve.on_ray import APP, build_app, start_proxies
+from tests.bundles import SIZE_PX, random_bundle
 from tests.commands import Command, process_title, wait_until
 from tests.integration.test_serve_ray import free_port, start_endpoint
 from tests.serving import JPEG, SAMPLES
@@ -100,6 +103,11 @@ def replicas(command: Command, deployment: str) -> list[int]:
     return [pid for pid in command.others() if process_title(pid).startswith(title)]
 
 
+def ingresses(address: str) -> set[str]:
+    """Names of those whose numbers /metrics has."""
+    return set(re.findall(r'ingress="(\w+)"', httpx.get(f"{address}/metrics", timeout=DEADLINE_S).text))
+
+
 def kill(pid: int) -> None:
     """As the kernel does; return when it has ended."""
     os.kill(pid, signal.SIGKILL)
@@ -122,6 +130,7 @@ def test_replicas_that_die_cost_retries_and_nothing_else(
             num_killed += 1
         wait_until(lambda: len(replicas(command, deployment)) == 2, "what takes the place of what was killed")
         answers.wait_for(20)
+        wait_until(lambda: len(ingresses(address)) == 2, "the numbers of both ingresses")
     assert num_killed >= 2
     assert set(answers.captions) <= captions_of(Bundle.load(tiny_bundle))
     assert answers.slowest_s <= DEADLINE_S + 10
@@ -134,30 +143,39 @@ def is_retryable(failure: str) -> bool:
     return failure.startswith("503 ") or failure in ("ReadError", "RemoteProtocolError", "ConnectError")
 
 
+@pytest.fixture
+def roomy_ray() -> Iterator[None]:
+    """Ray on this machine with room for the replicas that an upgrade has for a while."""
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize(("num_processes", "size_px"), [(1, SIZE_PX), (2, 96)])
 def test_a_bundle_takes_the_place_of_another_without_a_failed_request(
-    local_ray: None, tiny_bundle: str, tmp_path: Path
+    roomy_ray: None, tiny_bundle: str, tmp_path: Path, num_processes: int, size_px: int
 ) -> None:
     other = str(tmp_path / "other")
-    random_bundle(seed=1).save(other)
+    replace(random_bundle(seed=1), preprocessing=Preprocessing(size_px=size_px)).save(other)
     old, new = captions_of(Bundle.load(tiny_bundle)), captions_of(Bundle.load(other))
     assert old != new
-    settings = {"num_replicas": 2, "cpus_per_replica": 1, "batch_size": 4, "deadline_s": DEADLINE_S}
+    settings = {"num_replicas": num_processes, "num_ingress": num_processes, "cpus_per_replica": 1, "batch_size": 4}
+    config = ServeConfig(port=free_port(), deadline_s=DEADLINE_S)
 
     def deploy(location: str) -> None:
-        app = build_app({**settings, "model": [location], "device": "cpu"})
-        ray_serve.run(app, name="raycap", route_prefix="/")
+        app = build_app({**settings, "model": [location], "device": "cpu", "deadline_s": DEADLINE_S})
+        ray_serve.run(app, name=APP, route_prefix="/")
 
-    port = free_port()
-    ray_serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port, request_timeout_s=DEADLINE_S + 10))
+    start_proxies(config)
     try:
         deploy(tiny_bundle)
-        with load(f"http://127.0.0.1:{port}") as answers:
+        with load(f"http://127.0.0.1:{config.port}") as answers:
             answers.wait_for(20)
             assert set(answers.captions) <= old
             deploy(other)
             answers.wait_for(20)
             wait_until(lambda: bool(set(answers.captions) - old), "captions of the new bundle")
-        assert not answers.failures
+        assert answers.failures == {}
         assert set(answers.captions) <= old | new
     finally:
         ray_serve.shutdown()

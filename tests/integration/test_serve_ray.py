@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2 as httpx
@@ -16,16 +17,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve as ray_serve
 
 from raycap import cli
 from raycap.errors import ConfigurationError
 from raycap.model.bundle import shipped_bundle
 from raycap.model.captioner import Caption, Captioner
 from raycap.serve.client import AnswerError, AsyncClient, Client
-from raycap.serve.on_ray import build_app
+from raycap.serve.config import ServeConfig
+from raycap.serve.on_ray import APP, build_app, start_proxies
 from raycap.serve.schemas import Captioned, Options
 from tests.commands import Command, check_one_line, starting_commands, wait_until
-from tests.serving import JPEG, SAMPLES, picture
+from tests.serving import JPEG, SAMPLES, picture, problem
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -121,7 +125,7 @@ def test_says_of_200_images_what_the_bulk_job_says(
         left, top = (dice.uniform(0, 0.5) for _ in range(2))
         right, bottom = (dice.uniform(0.6, 1) for _ in range(2))
         box = (left * photo.width, top * photo.height, right * photo.width, bottom * photo.height)
-        photo.crop(tuple(map(round, box))).save(folder / f"{number:03d}.jpg")
+        photo.crop(box).save(folder / f"{number:03d}.jpg")
     code, _, err = start("caption", str(folder), str(tmp_path / "out"), "--no-report").finish()
     assert code == cli.EXIT_OK, err
     rows = sorted(pq.read_table(tmp_path / "out" / "captions").to_pylist(), key=lambda row: row["key"])
@@ -134,10 +138,15 @@ def test_says_of_200_images_what_the_bulk_job_says(
 
 def batches(endpoint: str) -> tuple[float, float]:
     """Images captioned, and the sum over them of their batches' sizes."""
-    text = httpx.get(f"{endpoint}/metrics", headers={"X-API-Key": KEY}, timeout=60).text
-    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    count, total = (lines.get(f'raycap_batch_size_{name}{{model="shipped"}}', "0") for name in ("count", "sum"))
-    return float(count), float(total)
+    count, total = (metric(endpoint, f"raycap_batch_size_{name}", model="shipped") for name in ("count", "sum"))
+    return count, total
+
+
+def metric(endpoint: str, name: str, **labels: str) -> float:
+    """The sum of all series of this name that have these labels."""
+    answer = httpx.get(f"{endpoint}/metrics", headers={"X-API-Key": KEY}, timeout=60)
+    samples = [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]
+    return sum(each.value for each in samples if each.name == name and labels.items() <= each.labels.items())
 
 
 def test_models_are_chosen_by_name(client: Client, tiny_bundle: str) -> None:
@@ -164,6 +173,34 @@ def test_refuses_what_it_must(endpoint: str, client: Client) -> None:
     answer = httpx.post(f"{endpoint}/v1/caption", headers={"X-Request-ID": "abc-1"}, timeout=60)
     assert answer.headers.get_list("x-request-id") == ["abc-1"]
     assert answer.json()["request_id"] == "abc-1"
+
+
+def test_what_rays_proxy_says_itself_is_the_endpoints_too(endpoint: str) -> None:
+    assert problem(httpx.get(f"{endpoint}/-/routes", timeout=60), 404)["code"] == "not_found"
+    assert httpx.get(f"{endpoint}/-/healthz", timeout=60).text == "success"
+    for unfit in (b"\xff", b'a"b'):
+        answer = httpx.get(f"{endpoint}/healthz/none", headers={b"X-Request-ID": unfit}, timeout=60)
+        assert len(problem(answer, 401)["request_id"]) == 32
+    endless = (bytes(65_536) for _ in range(1000))
+    answer = httpx.post(f"{endpoint}/v1/caption", content=endless, headers=JPEG | {"X-API-Key": KEY}, timeout=60)
+    assert problem(answer, 413)["code"] == "body_too_large"
+
+
+def test_a_client_that_goes_frees_its_place(endpoint: str, client: Client) -> None:
+    async def main() -> None:
+        images = [("image", PHOTOS[0].read_bytes()) for _ in range(MAX_QUEUE)]
+        async with httpx.AsyncClient(base_url=endpoint, headers=headers, timeout=300) as asking:
+            request = asyncio.create_task(asking.post("/v1/caption?beam_size=16", files=images))
+            while not await asyncio.to_thread(metric, endpoint, "raycap_queue"):
+                assert not request.done()
+            request.cancel()
+
+    headers = {"X-API-Key": KEY, "X-Request-Disconnect-Disabled": "?1"}  # which Ray would follow
+    before = metric(endpoint, "raycap_requests_total", status="499")
+    asyncio.run(main())
+    wait_until(lambda: metric(endpoint, "raycap_requests_total", status="499") == before + 1, "the end of the request")
+    assert metric(endpoint, "raycap_queue") == 0
+    assert client.caption(PHOTOS[0]).results[0].status == "ok"
 
 
 def test_beyond_its_queue_refuses_at_once_and_answers_again_afterwards(endpoint: str, client: Client) -> None:
@@ -217,7 +254,7 @@ def test_triton_clients_work_unchanged(endpoint: str, wanted: list[Caption]) -> 
 
 def test_sigterm_answers_what_came_in_and_ends_all(start: Callable[..., Command]) -> None:
     num_requests, num_images = 8, 16  # work enough to see what happens meanwhile
-    settings = ("--batch-size", "1", "--cpus-per-replica", "1", "--deadline-s", "300")
+    settings = ("--batch-size", "1", "--cpus-per-replica", "1", "--deadline-s", "300", "--drain-s", "1")
     command, address = start_endpoint(start, *settings)
     images = [("image", picture(number)) for number in range(num_images)]
 
@@ -225,19 +262,28 @@ def test_sigterm_answers_what_came_in_and_ends_all(start: Callable[..., Command]
         return httpx.post(f"{address}/v1/caption?beam_size=16", files=images, timeout=300)
 
     def num_come() -> float:
-        lines = httpx.get(f"{address}/metrics", timeout=60).text.splitlines()
-        found = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
-        answered = found.get('raycap_requests_total{route="/v1/caption",status="200"}', 0)
-        return answered + found["raycap_queue"] / num_images
+        answered = metric(address, "raycap_requests_total", route="/v1/caption", status="200")
+        return answered + metric(address, "raycap_queue") / num_images
+
+    late: list[tuple[int, str]] = []
+
+    def has_gone() -> bool:
+        try:
+            answer = httpx.post(f"{address}/v1/caption", content=picture(), headers=JPEG, timeout=300)
+        except httpx.TransportError:
+            return True
+        late.append((answer.status_code, answer.json().get("code", "")))
+        return False
 
     with ThreadPoolExecutor(num_requests) as threads:
         pending = [threads.submit(ask, number) for number in range(num_requests)]
         wait_until(lambda: num_come() == num_requests, "all requests", every_s=0.1)
         command.process.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{address}/v2/health/ready", timeout=60).status_code == 503, "its word")
-        late = httpx.post(f"{address}/v1/caption", content=picture(), headers=JPEG, timeout=60)
-        assert (late.status_code, late.json()["code"]) == (503, "draining")
+        wait_until(has_gone, "its end", every_s=0.1)
         answers = [each.result() for each in pending]
+    assert (503, "draining") in late
+    assert set(late) <= {(200, ""), (503, "overloaded"), (503, "draining"), (503, "unavailable")}
     assert {answer.status_code for answer in answers} == {200}
     assert all(len(answer.json()["results"]) == num_images for answer in answers)
     code, _, err = command.finish()
@@ -245,12 +291,17 @@ def test_sigterm_answers_what_came_in_and_ends_all(start: Callable[..., Command]
     wait_until(lambda: not command.others(), "the end of all processes")
 
 
-def test_a_port_that_is_taken_and_a_bundle_that_is_none_are_told_in_a_line(
-    start: Callable[..., Command], tmp_path: Path, tiny_bundle: str
-) -> None:
+def test_what_cannot_be_is_told_in_a_line(start: Callable[..., Command], tmp_path: Path, tiny_bundle: str) -> None:
     code, _, err = start("serve", "--model", str(tmp_path)).finish()
     assert code == cli.EXIT_USAGE
     check_one_line(err, "not a model bundle")
+    for options, message in (
+        (("--keys-file", str(tmp_path / "none")), "--keys-file: cannot read"),
+        (("--allow-urls", "https://example.org/"), "--allow-urls: expected names of hosts"),
+    ):
+        code, _, err = start("serve", "--model", tiny_bundle, *options).finish()
+        assert code == cli.EXIT_USAGE
+        check_one_line(err, message)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, _, err = start("serve", "--model", tiny_bundle, "--port", str(taken.getsockname()[1])).finish()
     assert code == cli.EXIT_USAGE
@@ -266,3 +317,22 @@ def test_config_files_of_serve_give_the_same_settings(local_ray: None, tiny_bund
         build_app({"batch_size": "many"})
     with pytest.raises(ConfigurationError, match="--batch-size must be at least 1"):
         build_app({"batch_size": 0})
+    with pytest.raises(ConfigurationError, match="max_body_mb is 21, but Ray's proxies let 20 MB through"):
+        build_app({"max_body_mb": 21})
+
+
+def test_an_endpoint_whose_driver_was_killed_ends_by_itself(local_ray: None, tiny_bundle: str) -> None:
+    config = ServeConfig(port=free_port(), deadline_s=1)
+    start_proxies(config)
+    try:
+        for other in (replace(config, port=1), replace(config, deadline_s=2)):
+            with pytest.raises(ConfigurationError, match=r"listens at 127.0.0.1:.* a --deadline-s of at most 1, or"):
+                start_proxies(other)
+        app = build_app({"model": [tiny_bundle], "deadline_s": 1, "cpus_per_replica": 1, "device": "cpu"})
+        ingress = ray_serve.run(app, name=APP, route_prefix="/")
+        assert ingress.broadcast("close", 0.0).results() == [None]
+        wait_until(lambda: APP not in ray_serve.status().applications, "the end of the application")
+        answer = httpx.get(f"http://127.0.0.1:{config.port}/v2/health/ready", timeout=60)
+        assert problem(answer, 503)["code"] in ("draining", "unavailable")
+    finally:
+        ray_serve.shutdown()

@@ -15,8 +15,10 @@ from PIL import Image, ImageDraw
 from raycap.errors import ConfigurationError, NotFoundError
 from raycap.model.bundle import Bundle
 from raycap.model.captioner import Captioner
+from raycap.storage import open_store
+from raycap.storage.lock import OutputLock
 from raycap.train.config import TrainConfig
-from raycap.train.on_ray import train
+from raycap.train.on_ray import LOCK, train
 from tests.hostile import encode
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray", "no_aws_settings")]
@@ -129,9 +131,59 @@ def test_two_workers_train_a_bundle_that_captions(
     assert "training on 13 images (25 captions), validating on 13" in told
     for stage, epochs in (("cross_entropy", 2), ("fine_tune", 1), ("self_critical", 1)):
         assert f"{stage} epoch {epochs}/{epochs} done" in told
-    assert "images could not be used in this epoch" in told, "those that Ray Data read while the CNN learned"
-    assert "2 images cannot be used, such as " in told
+    for split in ("training", "validation"):
+        assert told.count(f"2 {split} images cannot be used, such as ") == 1
     assert "wrote bundle efficientnet_lite0-attention-" in told
+
+
+def test_images_that_ray_data_cannot_read_are_told_once_and_named(
+    trained: tuple[dict[str, Any], list[str]], config: TrainConfig, directory: Path
+) -> None:
+    tuned = TrainConfig(
+        annotations=config.annotations, images=config.images, val_annotations=config.val_annotations,
+        init=config.output, output=str(directory / "tuned"), run_dir=config.run_dir, max_length=5, batch_size=12,
+        epochs=0, fine_tune_epochs=2, num_workers=2, cpus_per_worker=1,
+    )  # fmt: skip
+    _, lines = train_and_listen(tuned)
+    named = directory / "runs" / "tuned" / "unusable-images.json"
+    about = [line for line in lines if "cannot be used" in line]
+    counted = [line for line in about if f"all are named in {named}" in line]
+    assert sorted(line[:32] for line in counted) == [
+        "2 training images cannot be used",
+        "2 validation images cannot be us",
+    ]
+    assert len(about) <= 3, "the first worker may tell of its first one while the epoch runs"
+    content = json.loads(named.read_text())
+    assert content["training"].keys() == content["validation"].keys() == {"5.png", "missing.png"}
+    assert content["training"]["5.png"].startswith("not_an_image: ")
+
+
+def test_two_drivers_do_not_share_a_run(trained: tuple[dict[str, Any], list[str]], config: TrainConfig) -> None:
+    with (
+        OutputLock(open_store(config.run_path), LOCK, beat_s=0.1),
+        pytest.raises(ConfigurationError, match=r"runs/bundle is being written by another run .*process \d+"),
+    ):
+        train(config)
+    assert not (Path(config.run_path) / LOCK).exists()
+
+
+def test_the_best_checkpoints_are_kept_besides_the_last(
+    trained: tuple[dict[str, Any], list[str]], config: TrainConfig, directory: Path
+) -> None:
+    """Two of four epochs', and the last one's if it is another."""
+    scores = [line.partition("CIDEr-D ")[2].split()[0] for line in trained[1] if "validation CIDEr-D" in line]
+    assert (len(scores), config.keep_checkpoints) == (4, 2)
+    run = directory / "runs" / "bundle"
+    noted = json.loads((run / "checkpoint_manager_snapshot.json").read_text())
+    kept = {
+        result["checkpoint_dir_name"]: f"{100 * result['metrics']['cider_d']:.1f}"
+        for result in noted["checkpoint_results"]
+    }
+    assert {path.name for path in run.glob("checkpoint_2*")} == kept.keys()
+    last = noted["latest_checkpoint_result"]["checkpoint_dir_name"]
+    assert kept[last] == scores[-1]
+    assert len(kept) <= 3
+    assert sorted(map(float, kept.values()))[-2:] == sorted(map(float, scores))[-2:]
 
 
 def test_the_same_command_again_does_not_train_again(
@@ -162,7 +214,8 @@ def test_what_is_wrong_is_said_before_workers_start(config: TrainConfig, directo
     with pytest.raises(ConfigurationError, match=r"broken\.json: not JSON"):
         train(dataclasses.replace(config, val_annotations=str(directory / "broken.json")))
     with pytest.raises(
-        ConfigurationError, match=r"training needs 6 CPUs .2 workers., but Ray has 2; lower --num-workers"
+        ConfigurationError,
+        match=r"training needs 2 workers of 3 CPUs each, but Ray has a place for 0 .nodes: 1, CPUs: 2",
     ):
         train(dataclasses.replace(config, cpus_per_worker=3))
 

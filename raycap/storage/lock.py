@@ -1,9 +1,7 @@
 """One run on one output at a time: a lock file that its holder keeps renewing, made and taken over by conditional
 writes.
 
-No clock is compared with another machine's: who finds a lock watches whether it changes. The lock is not what makes
-rows exactly once (two runs would write the same chunks under the same names); it spares the work, and keeps a later
-round from starting beside an earlier one.
+No clock is compared with another machine's: who finds a lock watches whether it changes.
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from raycap.bulk.layout import LOCK
 from raycap.errors import ConditionalWritesUnsupportedError, ConfigurationError, StorageError
-from raycap.storage import Store
+from raycap.storage.base import Store
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +31,18 @@ STALE_S = 40.0
 
 
 class OutputLock:
-    """Holds an output; a context manager. The lock's content is `status()`, renewed: `raycap status` shows it."""
+    """Holds an output by the object `key` in it; a context manager. Its content is `status()`, renewed."""
 
     def __init__(
         self,
         output: Store,
+        key: str,
         *,
         status: Callable[[], dict[str, Any]] = dict,
         beat_s: float = BEAT_S,
         stale_s: float = STALE_S,
     ) -> None:
-        self.output = output
+        self.output, self.key = output, key
         self.status = status
         self.beat_s = beat_s
         self.stale_s = stale_s
@@ -59,7 +57,7 @@ class OutputLock:
     def __enter__(self) -> OutputLock:
         """Raises ConfigurationError if another run holds the output. Waits while that may be dead."""
         try:
-            self._version = self.output.write_if(LOCK, self._content(), version=None) or self._take_over()
+            self._version = self.output.write_if(self.key, self._content(), version=None) or self._take_over()
         except ConditionalWritesUnsupportedError as error:
             log.warning("two runs on one output will not be noticed: %s", error)
             return self
@@ -75,7 +73,7 @@ class OutputLock:
         self._thread.join()
         try:
             if self._is_ours():
-                self.output.delete(LOCK)
+                self.output.delete(self.key)
         except StorageError as problem:  # the next run finds it stale
             log.warning("%s", problem)
 
@@ -88,9 +86,9 @@ class OutputLock:
         """Replace a lock whose holder is dead; returns the new version."""
         deadline, first, told = time.monotonic() + self.stale_s, None, False
         while True:
-            found = self.output.read_versioned(LOCK)
+            found = self.output.read_versioned(self.key)
             if found is None:
-                version = self.output.write_if(LOCK, self._content(), version=None)
+                version = self.output.write_if(self.key, self._content(), version=None)
             else:
                 holder = _holder(found[0])
                 if first is None:
@@ -98,12 +96,12 @@ class OutputLock:
                 if found[1] != first:
                     raise ConfigurationError(
                         f"{self.output.location} is being written by another run ({_name(holder)}); wait for it, "
-                        "stop it, or choose another output"
+                        "stop it, or write elsewhere"
                     )
                 version = None
                 if _is_dead_process_of_this_machine(holder) or time.monotonic() >= deadline:
                     log.info("the run that held %s is dead (%s)", self.output.location, _name(holder))
-                    version = self.output.write_if(LOCK, self._content(), version=found[1])
+                    version = self.output.write_if(self.key, self._content(), version=found[1])
             if version is not None:
                 return version
             if not told and found is not None:
@@ -116,7 +114,7 @@ class OutputLock:
             try:
                 self._beat += 1
                 content = self._content()
-                version = self.output.write_if(LOCK, content, version=self._version)
+                version = self.output.write_if(self.key, content, version=self._version)
                 if version is None and not self._is_ours():
                     self._problem = StorageError(f"another run took {self.output.location} over; this one stops")
                     return
@@ -127,7 +125,7 @@ class OutputLock:
 
     def _is_ours(self) -> bool:
         """Whether the lock is ours after all: the answer to an earlier write may have been lost."""
-        found = self.output.read_versioned(LOCK)
+        found = self.output.read_versioned(self.key)
         if found is None or _holder(found[0]).get("id") != self._id:
             return False
         self._version = found[1]
@@ -149,21 +147,21 @@ class OutputLock:
         ).encode()
 
 
-def read_lock(output: Store) -> dict[str, Any] | None:
+def read_lock(output: Store, key: str) -> dict[str, Any] | None:
     """What the run that works on this output last said; None where none does. It may have died since."""
-    found = output.read_versioned(LOCK)
+    found = output.read_versioned(key)
     return None if found is None else _holder(found[0])
 
 
-def is_alive(output: Store, *, beat_s: float = BEAT_S) -> bool:
+def is_alive(output: Store, key: str, *, beat_s: float = BEAT_S) -> bool:
     """Whether the lock of this output is being renewed. Takes up to two beats to say no."""
-    first = output.read_versioned(LOCK)
+    first = output.read_versioned(key)
     if first is None or _is_dead_process_of_this_machine(_holder(first[0])):
         return False
     deadline = time.monotonic() + 2 * beat_s
     while time.monotonic() < deadline:
         time.sleep(min(0.5, beat_s))
-        now = output.read_versioned(LOCK)
+        now = output.read_versioned(key)
         if now is None or now[1] != first[1]:
             return now is not None
     return False

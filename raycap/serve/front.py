@@ -1,0 +1,175 @@
+"""What stands in front of Ray Serve's HTTP proxy, so that its own answers look like the endpoint's, and its memory is
+bounded.
+
+The proxy takes bodies in before any ingress sees them, and answers for itself where no ingress does: in plain text, or
+with nothing at all when the ingress dies. Each proxy process calls `middlewares`, where its environment has
+`environment()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import uuid
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raycap.serve.problems import (
+    ProblemError,
+    body_too_large,
+    draining,
+    internal,
+    overloaded,
+    retry_later,
+    unavailable,
+)
+
+log = logging.getLogger(__name__)
+
+CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""By which Ray Serve finds `middlewares`; what HTTPOptions takes of them, Ray 2.60 refuses."""
+MAX_BODY_MB = "RAYCAP_MAX_BODY_MB"
+"""As --max-body-mb, which is of the ingress."""
+DEFAULT_MAX_BODY_MB = 20.0
+PROXY_HEALTH = "/-/healthz"
+"""Of the proxy itself. KubeRay asks for it, and gives a node no requests without it."""
+REFUSAL_S = 5.0
+"""So long the ingress has to refuse a body that is too large, with its own log and counters."""
+_RAYS_OWN = {
+    b"x_request_timeout_seconds",
+    b"x_request_disconnect_disabled",
+    b"serve_multiplexed_model_id",
+    b"x_session_id",
+}
+"""Headers by which a client would tell Ray when to give its request up, and where to send it."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+def environment(max_body_mb: float) -> dict[str, str]:
+    """What the environment of Ray's processes must have for the proxies to be behind this."""
+    return {CALLBACK: f"{__name__}:{middlewares.__name__}", MAX_BODY_MB: str(max_body_mb)}
+
+
+def max_body_mb(env: Mapping[str, str] = os.environ) -> float:
+    """The largest body that a proxy with this environment lets through."""
+    return float(env.get(MAX_BODY_MB, DEFAULT_MAX_BODY_MB))
+
+
+def middlewares() -> list[Middleware]:
+    """For Ray Serve."""
+    return [Middleware(Front, max_body_bytes=int(max_body_mb() * 1e6))]
+
+
+def request_id(headers: Headers) -> str:
+    """The request's own, if it has one that fits into a line of a log, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+class Front:
+    """Wraps Ray's proxy."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.has_answered = False
+        """Whether an application was there."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != PROXY_HEALTH:
+            await _Exchange(self, scope, receive, send).answer()
+        else:
+            await self.app(scope, receive, send)
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, front: Front, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        self.front, self.receive, self.send = front, receive, send
+        self.id = request_id(headers)
+        kept = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name != b"x-request-id" and name.replace(b"-", b"_") not in _RAYS_OWN
+        ]
+        self.scope = {**scope, "headers": [*kept, (b"x-request-id", self.id.encode())]}
+        length = headers.get("content-length", "")
+        self.is_too_large = length.isdecimal() and int(length) > front.max_body_bytes
+        self.num_bytes = 0
+        self.held: Message | None = None
+        """The beginning of an answer that may be the proxy's own."""
+        self.is_answered = False
+        self.is_refused = False
+
+    async def answer(self) -> None:
+        if self.scope["path"].startswith("/-/"):
+            await self._refuse(ProblemError(404, "not_found", "Not Found"))
+            return
+        try:
+            await self.front.app(self.scope, self._receive, self._send)
+            # The proxy sends nothing when the ingress has died, and when it was told that the client went.
+            problem = body_too_large(self.front.max_body_bytes) if self.is_too_large else unavailable()
+        except Exception:
+            if self.is_answered:
+                raise
+            log.exception("Ray's proxy failed")
+            problem = internal()
+        if not self.is_answered:
+            await self._refuse(problem)
+
+    async def _receive(self) -> Message:
+        if self.is_too_large:
+            await asyncio.sleep(REFUSAL_S)
+            return {"type": "http.disconnect"}
+        message = await self.receive()
+        self.num_bytes += len(message.get("body", b""))
+        # What goes beyond the limit is passed on once: by that the ingress knows.
+        self.is_too_large = self.num_bytes > self.front.max_body_bytes
+        return message
+
+    async def _send(self, message: Message) -> None:
+        if self.is_refused:
+            return
+        if message["type"] == "http.response.start":
+            if message["status"] in (404, 408, 503) and _is_text(message):
+                self.held = message
+                return
+            self.front.has_answered = True
+        elif self.held is not None:
+            start, self.held = self.held, None
+            problem = self._said_better(start, message.get("body", b""))
+            if problem is not None:
+                await self._refuse(problem)
+                return
+            self.is_answered = True
+            await self.send(start)
+        self.is_answered = True
+        await self.send(message)
+
+    def _said_better(self, start: Message, text: bytes) -> ProblemError | None:
+        """What the proxy says in plain text; None if another application said it."""
+        match start["status"]:
+            case 404 if text.startswith(b"Path '"):  # no application has the route
+                return draining() if self.front.has_answered else unavailable()
+            case 408 if text.startswith(b"Request "):
+                return retry_later(503, "deadline_exceeded", "no answer in time; try again")
+            case 503:
+                return overloaded() if "retry-after" in MutableHeaders(raw=start["headers"]) else unavailable()
+        return None
+
+    async def _refuse(self, problem: ProblemError) -> None:
+        self.is_answered = self.is_refused = True
+        response = problem.response(self.id)
+        response.headers["X-Request-ID"] = self.id
+        await response(self.scope, self.receive, self.send)
+
+
+def _is_text(start: Message) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/plain") for name, value in start["headers"])

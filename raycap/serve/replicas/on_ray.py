@@ -1,0 +1,188 @@
+"""What runs in the processes of Ray Serve: models, and what takes requests.
+
+Pixels pass once, from an ingress to a replica. torch is imported by the replicas of models alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.metrics_core import Metric
+from ray import serve as ray_serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from raycap.images import Preprocessing
+from raycap.serve.api import create_app
+from raycap.serve.backend import Array, ModelChangedError, ModelInfo, Result
+from raycap.serve.captions import Room
+from raycap.serve.config import ServeConfig
+from raycap.serve.guard import access_log
+from raycap.serve.health import caption_sample
+from raycap.serve.metrics import Metrics, UnionOfMetrics
+from raycap.serve.problems import overloaded, unavailable
+from raycap.serve.schemas import Options
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+log = logging.getLogger(__name__)
+
+SPARE_S = 10.0
+"""What Ray waits beyond the deadline of requests, which the ingress keeps: for requests and for replicas that end."""
+CHECK_S = 20.0
+"""For the caption that a replica under suspicion must give; Ray itself waits 30 s for the check."""
+METRICS_S = 5.0
+"""The ingresses have so long to tell their numbers to the one that was asked."""
+
+
+class ModelReplica:
+    """One process with one model. It is there when it has captioned a photo."""
+
+    async def __init__(self, config: ServeConfig, location: str | None, device: str, num_threads: int) -> None:
+        import torch
+
+        from raycap.model.bundle import Bundle
+        from raycap.serve.model import OnlineCaptioner, ServedModel
+
+        _log_to_stderr()
+        torch.set_num_threads(num_threads)
+        bundle = Bundle.load(location, s3=config.s3)
+        captioner = OnlineCaptioner(bundle, device=device, precision=config.precision, engine=config.engine)
+        self._model = ServedModel(captioner, batch_size=config.batch_size, batch_wait_s=config.batch_wait_ms / 1000)
+        self._longest_s = config.deadline_s + SPARE_S
+        await caption_sample(self._model)
+
+    async def check_health(self) -> None:
+        """Raise if the model answers no more, though its process lives: Ray then starts another in its place."""
+        if self._model.is_suspect(self._longest_s):
+            async with asyncio.timeout(CHECK_S):
+                await caption_sample(self._model)
+
+    async def info(self) -> ModelInfo:
+        """See `Backend.info`."""
+        return await self._model.info()
+
+    async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
+        """See `Backend.caption`."""
+        return await self._model.caption(pixels_BHWC, preprocessing, options)
+
+
+class ReplicaBackend:
+    """A `Backend` behind a handle: whichever replica of the model has the least to do."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def info(self) -> ModelInfo:
+        """See `Backend.info`."""
+        info: ModelInfo = await self._answer(self._handle.info.remote())
+        return info
+
+    async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
+        """See `Backend.caption`."""
+        # A call for each image: the replicas share them, and Ray, which counts calls, sees how much there is to do.
+        calls = [
+            asyncio.ensure_future(self._ask(pixels_BHWC[number : number + 1], preprocessing, options))
+            for number in range(len(pixels_BHWC))
+        ]
+        try:
+            results = [result for found in await asyncio.gather(*calls) for result in found]
+            if len({result.model_id for result in results}) == 1:
+                return results
+        except ModelChangedError:
+            if len(calls) == 1:
+                raise
+        finally:
+            for call in calls:
+                call.cancel()
+        # While bundles change places, one replica must answer for all of a request's images.
+        return await self._ask(pixels_BHWC, preprocessing, options)
+
+    async def _ask(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
+        results: list[Result] = await self._answer(self._handle.caption.remote(pixels_BHWC, preprocessing, options))
+        return results
+
+    async def _answer(self, response: Any) -> Any:
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError:
+            raise overloaded() from None
+        except RayTaskError:  # an error of the model's, not of the way to it
+            raise
+        except (RayError, DeploymentUnavailableError) as error:
+            log.warning("a replica has gone: %s", error)
+            raise unavailable() from None
+
+
+class IngressMetrics(Metrics):
+    """The numbers of one ingress, and the way to those of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        context = ray_serve.get_replica_context()
+        self._name, self._deployment = context.replica_tag, (context.deployment, context.app_name)
+        self._handle: DeploymentHandle[Any] | None = None
+
+    def mine(self) -> tuple[str, list[Metric]]:
+        """With the name of this process."""
+        return self._name, self.families()
+
+    async def told(self) -> bytes:
+        """See `Metrics.told`."""
+        if self._handle is None:
+            self._handle = await asyncio.to_thread(ray_serve.get_deployment_handle, *self._deployment)
+        try:
+            found = await self._handle.broadcast("numbers").results_async(timeout_s=METRICS_S, return_exceptions=True)
+        except (TimeoutError, RayError, DeploymentUnavailableError) as error:
+            log.warning("the other ingresses' numbers are missing: %s", error)
+            found = []
+        return UnionOfMetrics(dict([self.mine(), *(each for each in found if isinstance(each, tuple))])).text()
+
+
+@ray_serve.ingress()
+class Ingress:
+    """One process that takes requests."""
+
+    def __init__(self, config: ServeConfig, models: dict[str, DeploymentHandle[Any]]) -> None:
+        _log_to_stderr()
+        self._config = config
+        self._models = models
+        self._room = Room(config.max_queue)
+        self._metrics = IngressMetrics()
+
+    async def numbers(self) -> tuple[str, list[Metric]]:
+        """See `IngressMetrics.mine`."""
+        return self._metrics.mine()
+
+    async def close(self, drain_s: float) -> None:
+        """For `drain_s` say that the end is near, then refuse new requests; return when those before are answered."""
+        # The driver deletes the application then, or if it was killed meanwhile, as by `ray job stop` after 3 s, this.
+        app = ray_serve.get_replica_context().app_name
+        asyncio.get_running_loop().call_later(
+            drain_s + self._config.deadline_s + 2 * SPARE_S, ray_serve.delete, app, False
+        )
+        self._room.leave()
+        await asyncio.sleep(drain_s)
+        await self._room.close()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        backends = {name: ReplicaBackend(handle) for name, handle in self._models.items()}
+        return create_app(self._config, backends, room=self._room, metrics=self._metrics, names_answers=False)
+
+
+def _log_to_stderr() -> None:
+    """What raycap logs goes into the process's log file, which Ray keeps; the access log as it is, lines of JSON."""
+    for name, form in (("raycap", "%(asctime)s %(name)s %(message)s"), (access_log.name, "%(message)s")):
+        logger = logging.getLogger(name)
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(form))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

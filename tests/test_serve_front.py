@@ -1,0 +1,177 @@
+"""What stands before Ray's proxy: how its answers look then, and what it is not told."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raycap.serve import front
+from raycap.serve.front import Front
+from tests.serving import problem
+
+MAX_BODY = 100
+TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
+
+
+class Proxy:
+    """Ray's, as far as `Front` sees it: it reads on and on, until the client goes or there is an answer."""
+
+    def __init__(self, *answer: Message) -> None:
+        self.answer = answer
+        self.scope: Scope = {}
+        self.received: list[Message] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        while not self.received or self.received[-1].get("more_body", False):
+            self.received.append(await receive())
+        for message in self.answer:
+            await send(message)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.scope["headers"]}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(message.get("body", b"")) for message in self.received)
+
+
+def answering(status: int, body: bytes, *headers: tuple[bytes, bytes]) -> Proxy:
+    return Proxy(
+        {"type": "http.response.start", "status": status, "headers": [*TEXT, *headers]},
+        {"type": "http.response.body", "body": body},
+    )
+
+
+def ask(app: ASGIApp, path: str = "/v1/caption", **request: Any) -> httpx.Response:
+    async def main() -> httpx.Response:
+        transport = httpx.ASGITransport(Front(app, max_body_bytes=MAX_BODY))
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
+            return await client.post(path, **request)
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("proxy", "code"),
+    [
+        (Proxy(), "unavailable"),
+        (
+            answering(404, b"Path '/v1/caption' not found. Ping http://.../-/routes for available routes."),
+            "unavailable",
+        ),
+        (answering(408, b"Request 7f timed out after 40.0s."), "deadline_exceeded"),
+        (answering(503, b"too many", (b"retry-after", b"1")), "overloaded"),
+        (answering(503, b"the deployment is unavailable"), "unavailable"),
+    ],
+)
+def test_what_the_proxy_says_itself_may_be_asked_again(proxy: Proxy, code: str) -> None:
+    answer = ask(proxy, headers={"X-Request-ID": "abc-1"})
+    found = problem(answer, 503)
+    assert (found["code"], found["request_id"]) == (code, "abc-1")
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_an_application_that_was_there_and_is_not_has_ended() -> None:
+    async def main() -> None:
+        proxy = answering(200, b"a caption")
+        transport = httpx.ASGITransport(Front(lambda *channel: proxy(*channel), max_body_bytes=MAX_BODY))
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
+            assert (await client.get("/")).text == "a caption"
+            proxy = answering(404, b"Path '/' not found.")
+            assert problem(await client.get("/"), 503)["code"] == "draining"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "proxy", [answering(200, b"captions"), answering(404, b"of another application"), answering(422, b"wrong")]
+)
+def test_what_an_application_says_stays_as_it_is(proxy: Proxy) -> None:
+    answer = ask(proxy)
+    assert (answer.status_code, answer.content) == (proxy.answer[0]["status"], proxy.answer[1]["body"])
+
+
+def test_a_proxy_that_fails_is_an_error_of_ours() -> None:
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ValueError("a path of the server's")
+
+    assert problem(ask(fails), 500)["code"] == "internal"
+
+
+def test_an_answer_that_breaks_off_is_not_taken_for_whole() -> None:
+    async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ConnectionError("the ingress has gone")
+
+    with pytest.raises(ConnectionError):
+        ask(breaks)
+
+
+def test_of_the_proxys_own_paths_kuberays_alone_is_open() -> None:
+    assert ask(answering(200, b"success"), "/-/healthz").text == "success"
+    assert ask(answering(503, b"This node is being drained."), "/-/healthz").text == "This node is being drained."
+    assert problem(ask(answering(200, b'{"/": "raycap"}'), "/-/routes"), 404)["code"] == "not_found"
+
+
+def test_clients_do_not_tell_ray_how_to_treat_them() -> None:
+    proxy = answering(200, b"")
+    ask(
+        proxy,
+        headers={
+            "X-Request-Disconnect-Disabled": "?1",
+            "X-Request-Timeout-Seconds": "-1",
+            "X-Session-ID": "1",
+            "serve_multiplexed_model_id": "x",
+            "X-API-Key": "kept",
+        },
+    )
+    assert proxy.headers["x-api-key"] == "kept"
+    assert not {each for each in proxy.headers if each.startswith(("x-request-d", "x-request-t", "x-s", "serve"))}
+
+
+@pytest.mark.parametrize("given", [b"\xff", b'a"b', b"x" * 129, b""])
+def test_an_id_that_fits_no_log_is_replaced_before_ray_sees_it(given: bytes) -> None:
+    proxy = Proxy()
+    answer = ask(proxy, headers=[(b"X-Request-ID", given), (b"X-Request-ID", b"second")])
+    assert proxy.headers["x-request-id"] == answer.headers["x-request-id"] == problem(answer, 503)["request_id"]
+    assert re.fullmatch("[0-9a-f]{32}", proxy.headers["x-request-id"])
+
+
+async def chunks(num_bytes: int) -> AsyncIterator[bytes]:
+    for _ in range(num_bytes):
+        yield b"x"
+
+
+@pytest.mark.parametrize("body", [b"x" * MAX_BODY, chunks(MAX_BODY)])
+def test_bodies_up_to_the_limit_pass(body: Any) -> None:
+    proxy = answering(200, b"")
+    assert ask(proxy, content=body).status_code == 200
+    assert proxy.num_bytes == MAX_BODY
+
+
+@pytest.mark.parametrize(("body", "num_passed"), [(b"x" * (MAX_BODY + 1), 0), (chunks(5 * MAX_BODY), MAX_BODY + 1)])
+def test_of_larger_ones_the_ingress_sees_no_more_than_it_needs_to_refuse(
+    body: Any, num_passed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "REFUSAL_S", 0.0)  # there is no ingress
+    proxy = Proxy()
+    assert problem(ask(proxy, content=body), 413)["code"] == "body_too_large"
+    assert proxy.received[-1]["type"] == "http.disconnect"
+    assert proxy.num_bytes == num_passed
+
+
+def test_the_environment_says_how_to_put_it_there() -> None:
+    env = front.environment(7.5)
+    module, _, name = env[front.CALLBACK].partition(":")
+    assert (module, name) == (front.__name__, "middlewares")
+    assert front.max_body_mb(env) == 7.5
+    (middleware,) = front.middlewares()
+    assert middleware.kwargs == {"max_body_bytes": 20_000_000}
