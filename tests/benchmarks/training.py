@@ -25,6 +25,7 @@ from raycap.model.config import DecoderConfig
 from raycap.model.decoder import AttentionDecoder
 from raycap.model.vocabulary import PAD
 from raycap.storage import open_store
+from raycap.train.cider import CiderD
 from raycap.train.config import TrainConfig
 from raycap.train.features import Features, compute_features
 from raycap.train.job import Job
@@ -94,6 +95,18 @@ def through_ray(config: TrainConfig) -> float:
     return float(events.Scalars("train/images_per_s")[-1].value)
 
 
+def reward_us(config: TrainConfig) -> float:
+    """Microseconds that the reward of a sampled caption takes; other images' captions stand in for samples."""
+    job = Job.open(config)
+    captions = [[job.start.vocabulary.encode(each)[1:] for each in image.captions] for image in job.train_images]
+    reward = CiderD(captions)
+    started = time.process_time()
+    for image, others in enumerate([*captions[1:], captions[0]]):
+        for caption in others:
+            reward.score(image, caption)
+    return 1e6 * (time.process_time() - started) / sum(map(len, captions))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", required=True)
@@ -130,7 +143,8 @@ def main() -> None:
             "2 workers of 1 thread": through_ray(config("two1", cpus_per_worker=1, num_workers=2)),
             "1 worker of 1 thread, after": through_ray(config("one1-again", cpus_per_worker=1)),
         }
-    before, ray_2, after, before_1, ray_1, after_1, two, one_after = rates.values()
+        before, ray_2, after, before_1, ray_1, after_1, two, one_after = rates.values()
+        rates["reward, microseconds a caption"] = reward_us(config("reward"))
     rates["Ray over plain loop, 2 threads"] = ray_2 / ((before + after) / 2)
     rates["Ray over plain loop, 1 thread"] = ray_1 / ((before_1 + after_1) / 2)
     rates["2 workers over 1"] = two / ((ray_1 + one_after) / 2)
