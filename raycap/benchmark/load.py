@@ -27,6 +27,8 @@ class Answers:
     """Requests that got 503."""
     num_failed: int = 0
     """Requests that got anything else."""
+    last_refusal: str = ""
+    """What the last of both kinds got."""
     batch_sizes: dict[str, float] = field(default_factory=dict)
     """Images by the size of their batch: up to 1, up to 2, up to 4 and so on."""
 
@@ -95,14 +97,17 @@ class _Load:
             answer = await self._client.post(
                 "/v1/caption", content=next(self._files), headers={"Content-Type": "application/octet-stream"}
             )
-        except httpx.TransportError:
+        except httpx.TransportError as error:
             self.answers.num_failed += 1
+            self.answers.last_refusal = repr(error)
             return
         done_s = self.now_s()
         if answer.status_code == 200:
             self.answers.latencies_s.append(done_s - due_s)
             self.answers.done_s.append(done_s)
-        elif answer.status_code == 503:
+            return
+        self.answers.last_refusal = f"{answer.status_code} {answer.text[:500]}"
+        if answer.status_code == 503:
             self.answers.num_refused += 1
         else:
             self.answers.num_failed += 1

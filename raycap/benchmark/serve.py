@@ -59,6 +59,8 @@ def serve_measures(
             senders = 2 * config.batch_size  # a batch in work, and the next one waiting
             ask(closed_loop, num_senders=senders, seconds=WARM_UP_S)
             one = ask(closed_loop, num_senders=1, seconds=START_S, max_requests=NUM_SINGLE)
+            if not one.latencies_s:
+                raise ConfigurationError(f"the endpoint gave no captions; its last answer: {one.last_refusal}")
             singles.append(Sample(images_per_s=1 / median(one.latencies_s), core_ms=None))
             most = ask(closed_loop, num_senders=senders, seconds=config.serve_s)
             rate = saturation(most.done_s, config)
