@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 from ray.train import TrainingFailedError, WorkerGroupError
 
 from raycap.errors import ConfigurationError, EndpointError, RaycapError, StorageError
@@ -39,6 +40,12 @@ def test_lost_workers_and_an_endpoint_that_is_away_are_tried_again(caplog: pytes
     assert persevere(fit, 3) is RESULT
     assert fit.num_calls == 4
     assert "a worker failed (http://s3 cannot be reached, also after 300 s); going on from the last" in caplog.text
+
+
+def test_so_is_the_loss_of_ray_trains_own_actor() -> None:
+    assert persevere(Fit(ActorDiedError()), 1) is RESULT
+    with pytest.raises(ActorDiedError):
+        persevere(Fit(*[ActorDiedError()] * 2), 1)
 
 
 def test_there_is_an_end_to_it() -> None:

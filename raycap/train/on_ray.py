@@ -19,6 +19,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.data import ExecutionResources
+from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def persevere(fit: Callable[[], Result], max_failures: int) -> Result:
     while True:
         try:
             return fit()
-        except ray.train.TrainingFailedError as error:
+        except (ray.train.TrainingFailedError, RayActorError) as error:  # the latter: Ray Train's own actor was lost
             cause = raycap_cause(error)
             failures += 1
             may_pass = cause is None or isinstance(cause, EndpointError)
