@@ -33,7 +33,7 @@ def test_whole(start: Callable[..., Command], photos: Path, tmp_path: Path, tiny
     output, report = tmp_path / "numbers.json", tmp_path / "page.html"
     command = start(
         *("benchmark", str(photos), "--model", tiny_bundle, "--num-images", "8", "--batch-size", "4"),
-        *("--repeats", "2", "--serve-s", "8", "--output", str(output), "--report", str(report)),
+        *("--repeats", "1", "--serve-s", "6", "--output", str(output), "--report", str(report)),
     )
     code, printed, err = command.finish()
     assert code == 0, err
@@ -44,7 +44,7 @@ def test_whole(start: Callable[..., Command], photos: Path, tmp_path: Path, tiny
     assert {"decode", "encode_chosen", "search_5_batch_64", "path_chosen", "bulk_1", "serve"} <= measurements.keys()
     for each in measurements.values():
         rates = each["images_per_s"]["rounds"]
-        assert len(rates) == 2
+        assert len(rates) == 1
         assert all(rate > 0 for rate in rates)
         assert each["images_per_s"]["median"] == pytest.approx(median(rates), abs=0.002)
     assert {"greedy", "batched", "batched_search", "bulk_1", "serve", "serve_latency"} <= result["ratios"].keys()
