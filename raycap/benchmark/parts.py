@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, Final
 
@@ -49,13 +50,12 @@ def read_images(store: Store, captioner: Captioner, num_images: int) -> list[byt
 def engines_of(bundle: Bundle, config: BenchmarkConfig) -> dict[str, Captioner]:
     """By name: "chosen" captions as `config` says, "torch" with engine torch (the same, if that was chosen), and
     "plain" as anybody's PyTorch would, with the bundle's network as it is."""
-    chosen, torch_ = (
-        Captioner(bundle, device=config.device, precision=config.precision, engine=engine)
-        for engine in (config.engine, "torch")
-    )
+    load = partial(Captioner, bundle, device=config.device, precision=config.precision)
+    chosen = load(engine=config.engine)
+    torch_ = chosen if chosen.engine == "torch" else load(engine="torch")
     plain = copy.copy(torch_)
     plain.network = copy.deepcopy(bundle.network).to(torch_.device, torch_.dtype).eval()
-    return {"chosen": torch_ if chosen.engine == "torch" else chosen, "torch": torch_, "plain": plain}
+    return {"chosen": chosen, "torch": torch_, "plain": plain}
 
 
 def part_measures(config: BenchmarkConfig, engines: Mapping[str, Captioner], files: list[bytes]) -> list[Measure]:

@@ -19,6 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raycap.serve.config import ServeConfig
 from raycap.serve.problems import (
     ProblemError,
     body_too_large,
@@ -35,7 +36,6 @@ CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """By which Ray Serve finds `middlewares`; what HTTPOptions takes of them, Ray 2.60 refuses."""
 MAX_BODY_MB = "RAYCAP_MAX_BODY_MB"
 """As --max-body-mb, which is of the ingress."""
-DEFAULT_MAX_BODY_MB = 20.0
 PROXY_HEALTH = "/-/healthz"
 """Of the proxy itself. KubeRay asks for it, and gives a node no requests without it."""
 REFUSAL_S = 5.0
@@ -57,7 +57,7 @@ def environment(max_body_mb: float) -> dict[str, str]:
 
 def max_body_mb(env: Mapping[str, str] = os.environ) -> float:
     """The largest body that a proxy with this environment lets through."""
-    return float(env.get(MAX_BODY_MB, DEFAULT_MAX_BODY_MB))
+    return float(env.get(MAX_BODY_MB, ServeConfig().max_body_mb))
 
 
 def middlewares() -> list[Middleware]:
