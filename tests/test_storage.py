@@ -439,6 +439,7 @@ class TestS3Failures:
             pytest.raises(EndpointError, match="does not speak S3"),
         ):
             getattr(s3_store(server.endpoint_url), method)()
+        assert len(server.requests) <= 4, "redirects are not followed round and round"
 
     def test_something_that_is_no_xml(self) -> None:
         with (

@@ -145,7 +145,7 @@ def other_normalisation() -> Encoder:
         {"names": NAMES[:4]},
         {"names": NAMES[::-1]},
     ],
-    ids=str,
+    ids=["size", "resize", "interpolation", "weights", "normalisation", "flip", "fewer", "order"],
 )
 def test_the_key_follows_what_decides_the_features(change: dict[str, Any], store: Store) -> None:
     def key(

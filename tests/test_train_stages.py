@@ -232,7 +232,7 @@ def test_resuming_says_where_and_the_end_has_nothing_left_to_do(tmp_path: Path) 
         resumed = run(job, tmp_path / f"from-{number}", resume_from=straight.checkpoints[number])
         assert line in resumed.lines
     done = run(job, tmp_path / "done", resume_from=straight.checkpoints[-1])
-    assert (done.metrics, done.lines) == ([], [])
+    assert (done.metrics, done.lines) == ([], ["resuming after all epochs (cross_entropy) with 1 worker"])
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:

@@ -65,13 +65,22 @@ def _make_client(options: S3Options, process_id: int, environment: int) -> Any:
         **_checksum_settings(session, address),
     )
     try:
-        return boto3.session.Session(botocore_session=session).client(
+        client = boto3.session.Session(botocore_session=session).client(
             "s3", endpoint_url=address.endpoint_url, region_name=address.region, config=config
         )
     except BotoCoreError as error:
         raise storage_error(error, "cannot use S3") from error
     except ValueError as error:
         raise ConfigurationError(f"cannot use the S3 settings: {error}") from error
+    client.meta.events.register_first("needs-retry.s3.HeadBucket", _stay)
+    return client
+
+
+def _stay(request_dict: dict[str, Any], response: tuple[Any, dict[str, Any]] | None, **_: Any) -> None:
+    """Do not ask again where a bucket is if the answer was a redirect without a region, as a web server gives: boto3
+    would ask, be redirected and ask until Python's stack is full."""
+    if response and "x-amz-bucket-region" not in response[1].get("ResponseMetadata", {}).get("HTTPHeaders", {}):
+        request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 @functools.cache

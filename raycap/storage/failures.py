@@ -122,7 +122,7 @@ def storage_error(error: Exception, what: str) -> StorageError:
         )
     if isinstance(error, boto.ParamValidationError):
         return StorageError(f"{what}: the bucket name or key is not valid for S3")
-    if isinstance(error, RecursionError | _parser_error()):  # boto3 follows redirects to other regions by recursion
+    if isinstance(error, _parser_error()):
         return not_s3(what)
     return StorageError(f"{what}: {type(error).__name__}")
 
@@ -138,7 +138,7 @@ def handled() -> tuple[type[Exception], ...]:
     from botocore.exceptions import BotoCoreError, ClientError
     from urllib3.exceptions import HTTPError
 
-    return (BotoCoreError, ClientError, Boto3Error, HTTPError, _parser_error(), OSError, RecursionError)
+    return (BotoCoreError, ClientError, Boto3Error, HTTPError, _parser_error(), OSError)
 
 
 def is_missing(error: Exception) -> bool:

@@ -104,11 +104,19 @@ class _Training:
         self.workers.check_shared(open_store(self.config.run_path, self.config.s3))
         stages = self.config.stages
         reached = [stage.kind for stage in stages].index(self.state["stage"]) if self.state else 0
+        if self.state and self.state["stage_done"]:
+            self._tell_resuming(f"after all epochs ({self.state['stage']})")
         for index, stage in enumerate(stages):
             resumed = self.state if index == reached else None
             if index >= reached and not (resumed and resumed["stage_done"]):
                 self.network = self._best_network()
                 self._run_stage(stage, resumed)
+
+    def _tell_resuming(self, where: str) -> None:
+        if self.place.rank == 0:
+            self.place.tell(
+                f"resuming {where} with {self.place.world_size} worker{'s' if self.place.world_size > 1 else ''}"
+            )
 
     def _run_stage(self, stage: Stage, resumed: dict[str, Any] | None) -> None:
         learner, validation = self._prepare(stage)
@@ -118,9 +126,7 @@ class _Training:
             epoch, since_best = resumed["epoch"], resumed["since_best"]
             within = learner.step - epoch * learner.data.steps_per_epoch
             where = f"after epoch {epoch}" if within == 0 else f"in epoch {epoch + 1}, after {within} batches"
-            if self.place.rank == 0:
-                workers = f"{self.place.world_size} worker{'s' if self.place.world_size > 1 else ''}"
-                self.place.tell(f"resuming {where} of {stage.epochs} ({stage.kind}) with {workers}")
+            self._tell_resuming(f"{where} of {stage.epochs} ({stage.kind})")
         elif self.best is None and self.config.init is not None:
             self._consider(self.network, validation, stage, 0)
         if self.monitor:
