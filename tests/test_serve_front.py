@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -72,11 +73,36 @@ def ask(app: ASGIApp, path: str = "/v1/caption", **request: Any) -> httpx.Respon
         (answering(503, b"the deployment is unavailable"), "unavailable"),
     ],
 )
-def test_what_the_proxy_says_itself_may_be_asked_again(proxy: Proxy, code: str) -> None:
-    answer = ask(proxy, headers={"X-Request-ID": "abc-1"})
+def test_what_the_proxy_says_itself_may_be_asked_again(
+    proxy: Proxy, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "raycap.serve.access")
+    answer = ask(proxy, headers={"X-Request-ID": "abc-1"}, content=b"12345")
+    (line,) = (json.loads(record.message) for record in caplog.records)
+    assert (line["request_id"], line["status"], line["code"], line["bytes"]) == ("abc-1", 503, code, 5)
+    assert (line["method"], line["route"]) == ("POST", "/v1/caption")
     found = problem(answer, 503)
     assert (found["code"], found["request_id"]) == (code, "abc-1")
     assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_client_that_goes_has_no_answer_and_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> list[Message]:
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": []}
+        await Front(Proxy(), max_body_bytes=MAX_BODY)(scope, receive, send)
+        return sent
+
+    caplog.set_level("INFO", "raycap.serve.access")
+    assert asyncio.run(main()) == []
+    assert caplog.records == []
 
 
 def test_an_application_that_was_there_and_is_not_has_ended() -> None:
@@ -168,10 +194,11 @@ def test_of_larger_ones_the_ingress_sees_no_more_than_it_needs_to_refuse(
     assert proxy.num_bytes == num_passed
 
 
-def test_the_environment_says_how_to_put_it_there() -> None:
+def test_the_environment_says_how_to_put_it_there(monkeypatch: pytest.MonkeyPatch) -> None:
     env = front.environment(7.5)
     module, _, name = env[front.CALLBACK].partition(":")
     assert (module, name) == (front.__name__, "middlewares")
     assert front.max_body_mb(env) == 7.5
+    monkeypatch.setattr(front, "log_to_stderr", lambda: None)
     (middleware,) = front.middlewares()
     assert middleware.kwargs == {"max_body_bytes": 20_000_000}

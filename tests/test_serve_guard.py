@@ -17,9 +17,9 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from raycap.serve.access import route_of
 from raycap.serve.captions import Room
 from raycap.serve.config import ServeConfig
-from raycap.serve.guard import route_of
 from tests.serving import JPEG, GatedCaptioner, picture, problem, running, serving, small_captioner, until
 
 ROOT = Path(__file__).parents[1]
@@ -299,8 +299,8 @@ def test_what_is_refused_has_its_route_too(keys_file: Path, caplog: pytest.LogCa
 def test_the_access_log_is_json_and_nothing_else() -> None:
     code = """if True:
         import logging
-        from raycap.serve.replicas.on_ray import _log_to_stderr
-        _log_to_stderr()
+        from raycap.serve.access import log_to_stderr
+        log_to_stderr()
         logging.getLogger("raycap.serve.access").info('{"status": 200}')
         logging.getLogger("raycap.serve").warning("something else")
     """

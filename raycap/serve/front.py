@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import re
+import time
 import uuid
 from collections.abc import Mapping
 
@@ -19,6 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raycap.serve.access import log_to_stderr, route_of, tell
 from raycap.serve.config import ServeConfig
 from raycap.serve.problems import (
     ProblemError,
@@ -62,6 +64,7 @@ def max_body_mb(env: Mapping[str, str] = os.environ) -> float:
 
 def middlewares() -> list[Middleware]:
     """For Ray Serve."""
+    log_to_stderr()
     return [Middleware(Front, max_body_bytes=int(max_body_mb() * 1e6))]
 
 
@@ -69,6 +72,12 @@ def request_id(headers: Headers) -> str:
     """The request's own, if it has one that fits into a line of a log, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def content_length(headers: Headers) -> int:
+    """As the request says; 0 if it says none, or no number."""
+    length = headers.get("content-length", "")
+    return int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
 
 
 class Front:
@@ -100,13 +109,15 @@ class _Exchange:
             if name != b"x-request-id" and name.replace(b"-", b"_") not in _RAYS_OWN
         ]
         self.scope = {**scope, "headers": [*kept, (b"x-request-id", self.id.encode())]}
-        length = headers.get("content-length", "")
-        self.is_too_large = length.isdecimal() and int(length) > front.max_body_bytes
+        self.is_too_large = content_length(headers) > front.max_body_bytes
+        self.start_s = time.perf_counter()
         self.num_bytes = 0
         self.held: Message | None = None
         """The beginning of an answer that may be the proxy's own."""
         self.is_answered = False
         self.is_refused = False
+        self.is_gone = False
+        """Whether the client went."""
 
     async def answer(self) -> None:
         if self.scope["path"].startswith("/-/"):
@@ -121,7 +132,7 @@ class _Exchange:
                 raise
             log.exception("Ray's proxy failed")
             problem = internal()
-        if not self.is_answered:
+        if not (self.is_answered or self.is_gone):
             await self._refuse(problem)
 
     async def _receive(self) -> Message:
@@ -129,6 +140,7 @@ class _Exchange:
             await asyncio.sleep(REFUSAL_S)
             return {"type": "http.disconnect"}
         message = await self.receive()
+        self.is_gone = message["type"] == "http.disconnect"
         self.num_bytes += len(message.get("body", b""))
         # What goes beyond the limit is passed on once: by that the ingress knows.
         self.is_too_large = self.num_bytes > self.front.max_body_bytes
@@ -165,7 +177,17 @@ class _Exchange:
         return None
 
     async def _refuse(self, problem: ProblemError) -> None:
+        """Answer with the problem, and write the line for it: no ingress will."""
         self.is_answered = self.is_refused = True
+        tell(
+            request_id=self.id,
+            method=self.scope["method"],
+            route=route_of(self.scope["path"]),
+            status=problem.status,
+            code=problem.code,
+            start_s=self.start_s,
+            num_bytes=self.num_bytes,
+        )
         response = problem.response(self.id)
         response.headers["X-Request-ID"] = self.id
         await response(self.scope, self.receive, self.send)

@@ -6,31 +6,22 @@ Plain ASGI, outside of the application, so that no byte of a body is read before
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import re
 import time
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raycap.serve.access import OPEN_PATHS, route_of, tell
 from raycap.serve.captions import Place, Room
 from raycap.serve.config import ServeConfig
-from raycap.serve.front import request_id
+from raycap.serve.front import content_length, request_id
 from raycap.serve.keys import ApiKeys, RateLimit
 from raycap.serve.metrics import Metrics
-from raycap.serve.page import PAGE_PATHS
 from raycap.serve.problems import ProblemError, body_too_large, retry_later
 
 log = logging.getLogger(__name__)
-access_log = logging.getLogger("raycap.serve.access")
-
-OPEN_PATHS = PAGE_PATHS | {"/healthz", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
-"""For these no key is asked."""
-KNOWN_PATHS = OPEN_PATHS | {"/metrics", "/v1/caption", "/v2"}
-_OF_A_MODEL = re.compile(r"/v2/models/[^/]+((/versions/1)?(/ready|/infer)?)")
 CLIENT_GONE = 499
 """Status in log and metrics of a request whose client went before the answer (nginx's number; HTTP has none)."""
 SECURITY_HEADERS = {
@@ -40,12 +31,6 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-
-
-def route_of(path: str) -> str:
-    """The route's pattern, for log and metrics: a path may be anything, and what is refused reaches no route."""
-    of_a_model = _OF_A_MODEL.fullmatch(path)
-    return f"/v2/models/{{model}}{of_a_model[1]}" if of_a_model else path if path in KNOWN_PATHS else "other"
 
 
 class _ClientGone(BaseException):  # as CancelledError: not for the application's handlers of errors
@@ -124,8 +109,7 @@ class _Request:
         """Raises ProblemError where the request may go no further."""
         if self.scope["path"] not in OPEN_PATHS:
             self.sender = self.guard.check_sender(self.headers)
-        length = self.headers.get("content-length", "")
-        self._check_size(int(length) if re.fullmatch("[0-9]{1,18}", length) else 0)
+        self._check_size(content_length(self.headers))
         if self.headers.get("content-encoding", "identity").lower() != "identity":
             raise ProblemError(415, "unsupported_encoding", "expected a body without Content-Encoding")
         with self._place() as self.state["place"]:
@@ -181,21 +165,18 @@ class _Request:
 
     def _tell(self) -> None:
         """Count the request, and write its line."""
-        seconds = time.perf_counter() - self.start_s
         route = route_of(self.scope["path"])
-        self.guard.metrics.request(route, self.status, seconds)
+        self.guard.metrics.request(route, self.status, time.perf_counter() - self.start_s)
         place = self.state.get("place")
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "request_id": self.id,
-            "method": self.scope["method"],
-            "route": route,
-            "status": self.status,
-            "code": self.state.get("code"),
-            "model": self.state.get("model"),
-            "images": place.num_images if place else 0,
-            "ms": round(1000 * seconds, 1),
-            "bytes": self.num_bytes,
-            "key": self.sender,
-        }
-        access_log.info("%s", json.dumps(line))
+        tell(
+            request_id=self.id,
+            method=self.scope["method"],
+            route=route,
+            status=self.status,
+            code=self.state.get("code"),
+            start_s=self.start_s,
+            num_bytes=self.num_bytes,
+            model=self.state.get("model"),
+            images=place.num_images if place else 0,
+            key=self.sender,
+        )

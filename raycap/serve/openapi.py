@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from raycap.serve.guard import OPEN_PATHS
+from raycap.serve.access import OPEN_PATHS
 from raycap.serve.problems import PROBLEM_JSON
 from raycap.serve.schemas import EXAMPLE_IMAGE, CaptionRequest, InferRequest, InferResponse, Options, ProblemDetails
 

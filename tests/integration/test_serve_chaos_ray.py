@@ -143,6 +143,17 @@ def is_retryable(failure: str) -> bool:
     return failure.startswith("503 ") or failure in ("ReadError", "RemoteProtocolError", "ConnectError")
 
 
+def test_replicas_come_with_the_load(start: Callable[..., Command], tiny_bundle: str) -> None:
+    """Ray looks at the last 30 s, and waits as long before it starts one."""
+    settings = ("--max-replicas", "2", "--cpus-per-replica", "1", "--batch-size", "1")
+    command, address = start_endpoint(start, "--model", tiny_bundle, "--deadline-s", str(DEADLINE_S), *settings)
+    assert len(replicas(command, "model-default")) == 1
+    with load(address) as answers:
+        wait_until(lambda: len(replicas(command, "model-default")) == 2, "a second replica", every_s=1)
+        answers.wait_for(20)
+    assert not answers.failures
+
+
 @pytest.fixture
 def roomy_ray() -> Iterator[None]:
     """Ray on this machine with room for the replicas that an upgrade has for a while."""

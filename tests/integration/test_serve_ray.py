@@ -231,7 +231,7 @@ def test_triton_clients_work_unchanged(endpoint: str, wanted: list[Caption]) -> 
     with closing(triton.InferenceServerClient(endpoint.removeprefix("http://"), network_timeout=300)) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
-        assert client.is_model_ready("shipped", headers=headers)
+        assert client.is_model_ready("shipped", "1", headers=headers)
         assert client.get_server_metadata(headers=headers)["name"] == "raycap"
         metadata = client.get_model_metadata("shipped", headers=headers)
         assert [tensor["name"] for tensor in metadata["outputs"]] == ["caption", "log_prob"]
@@ -245,7 +245,7 @@ def test_triton_clients_work_unchanged(endpoint: str, wanted: list[Caption]) -> 
         )
         assert found.get_response()["id"] == "7"
         outputs = [triton.InferRequestedOutput("caption", binary_data=False)]
-        found = client.infer("shipped", [image], outputs=outputs, headers=headers, parameters={"beam_size": 1})
+        found = client.infer("shipped", [image], "1", outputs=outputs, headers=headers, parameters={"beam_size": 1})
         assert len(found.as_numpy("caption")) == 3
         image.set_data_from_numpy(np.array([[b"no picture"]] * 3, dtype=object))
         with pytest.raises(triton.InferenceServerException, match="expected JPEG"):

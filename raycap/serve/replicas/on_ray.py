@@ -16,11 +16,11 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from raycap.images import Preprocessing
+from raycap.serve.access import log_to_stderr
 from raycap.serve.api import create_app
 from raycap.serve.backend import Array, ModelChangedError, ModelInfo, Result
 from raycap.serve.captions import Room
 from raycap.serve.config import ServeConfig
-from raycap.serve.guard import access_log
 from raycap.serve.health import caption_sample
 from raycap.serve.metrics import Metrics, UnionOfMetrics
 from raycap.serve.problems import overloaded, unavailable
@@ -48,7 +48,7 @@ class ModelReplica:
         from raycap.model.bundle import Bundle
         from raycap.serve.model import OnlineCaptioner, ServedModel
 
-        _log_to_stderr()
+        log_to_stderr()
         torch.set_num_threads(num_threads)
         bundle = Bundle.load(location, s3=config.s3)
         captioner = OnlineCaptioner(bundle, device=device, precision=config.precision, engine=config.engine)
@@ -151,7 +151,7 @@ class Ingress:
     """One process that takes requests."""
 
     def __init__(self, config: ServeConfig, models: dict[str, DeploymentHandle[Any]]) -> None:
-        _log_to_stderr()
+        log_to_stderr()
         self._config = config
         self._models = models
         self._room = Room(config.max_queue)
@@ -175,14 +175,3 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         backends = {name: ReplicaBackend(handle) for name, handle in self._models.items()}
         return create_app(self._config, backends, room=self._room, metrics=self._metrics, names_answers=False)
-
-
-def _log_to_stderr() -> None:
-    """What raycap logs goes into the process's log file, which Ray keeps; the access log as it is, lines of JSON."""
-    for name, form in (("raycap", "%(asctime)s %(name)s %(message)s"), (access_log.name, "%(message)s")):
-        logger = logging.getLogger(name)
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(form))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
