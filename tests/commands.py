@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 300
+HURRY = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+"""Environment with which Ray Train looks at its workers, and takes what they report, more often than every 2 s."""
 
 
 def clean_environment() -> dict[str, str]:
@@ -31,7 +33,7 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "raycap", *arguments],
             cwd=ROOT,
-            env=clean_environment() | {name: value, "OMP_NUM_THREADS": "1"} | (env or {}),
+            env=clean_environment() | {name: value, "OMP_NUM_THREADS": "1"} | HURRY | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -16,7 +16,8 @@ import subprocess
 import sysconfig
 import tempfile
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -196,6 +197,30 @@ class RayCluster:
         self.nodes.append(node)
         wait_until(node.is_up, "the start of a Ray node", every_s=0.1)
         return node
+
+
+@contextmanager
+def cluster_of_cores(cores: Sequence[int]) -> Iterator[RayCluster]:
+    """A node of one CPU for each of these cores, whose processes are kept to it. Drivers have all cores."""
+    with ExitStack() as stack:
+        cluster = RayCluster(head_cpus=1)
+        with kept_to(cores[0]):
+            stack.enter_context(cluster)
+        for core in cores[1:]:
+            with kept_to(core):
+                cluster.add_node(num_cpus=1)
+        yield cluster
+
+
+@contextmanager
+def kept_to(core: int) -> Iterator[None]:
+    """What is started inside runs on this core, and so does all that it starts."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -10,8 +10,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ from raycap.bulk.layout import CAPTIONS_PREFIX
 from tests.benchmarks.simulation import simulate
 from tests.benchmarks.world import World
 from tests.commands import starting_commands
-from tests.ray_cluster import RayCluster
+from tests.ray_cluster import cluster_of_cores, kept_to
 
 if TYPE_CHECKING:
     from tests.benchmarks.simulate import Options
@@ -62,7 +60,7 @@ def _cells(predicted: float, measured: float, *, digits: int = 1) -> tuple[str, 
 def _world(options: Options, images: str, model: list[str], core: int) -> World:
     """This machine: no GPU, no S3, no losses; seconds of a core as `raycap plan` measures them on one."""
     samples = ["--num-samples", str(min(256, options.num_check))]
-    with _kept_to(core), starting_commands() as start:
+    with kept_to(core), starting_commands() as start:
         code, out, err = start("plan", images, *model, *samples, "--json").finish()
     assert code == 0, err
     plan: dict[str, Any] = json.loads(out)
@@ -84,14 +82,7 @@ def _world(options: Options, images: str, model: list[str], core: int) -> World:
 def _caption(images: str, model: list[str], num_images: int, cores: list[int]) -> float:
     """Images/s from the first captioned batch to the last, on a node for each core. The driver has all of them."""
     with tempfile.TemporaryDirectory() as folder:
-        with ExitStack() as stack:
-            cluster = RayCluster(head_cpus=1)
-            with _kept_to(cores[0]):
-                stack.enter_context(cluster)
-            for core in cores[1:]:
-                with _kept_to(core):
-                    cluster.add_node(num_cpus=1)
-            start = stack.enter_context(starting_commands())
+        with cluster_of_cores(cores) as cluster, starting_commands() as start:
             further = ["--limit", str(num_images), "--no-report", "--ray-address", cluster.address]
             command = start("caption", images, f"{folder}/out", *model, *further, env=cluster.env)
             code, _, err = command.finish(deadline_s=3600)
@@ -100,14 +91,3 @@ def _caption(images: str, model: list[str], num_images: int, cores: list[int]) -
     times_s = rows["captioned_at"].to_numpy().astype("datetime64[us]").astype(np.int64) / 1e6
     num_steady, start_s, end_s = steady(times_s, BATCH_SIZE)
     return num_steady / (end_s - start_s)
-
-
-@contextmanager
-def _kept_to(core: int) -> Iterator[None]:
-    """What is started inside runs on this core, and so does all that it starts."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

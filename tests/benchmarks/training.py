@@ -1,4 +1,4 @@
-"""Training through Ray Train against a plain PyTorch loop, and two workers against one, in one run.
+"""Training through Ray Train against a plain PyTorch loop, two workers against one, and two nodes, in one run.
 
     python -m tests.benchmarks.training --annotations captions.json --images images/
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from raycap.train.config import TrainConfig
 from raycap.train.features import Features, compute_features
 from raycap.train.job import Job
 from raycap.train.on_ray import train
+from tests.commands import starting_commands
+from tests.ray_cluster import cluster_of_cores
 
 EPOCHS = 3
 BATCH_SIZE = 64
@@ -90,6 +94,25 @@ def _features(job: Job) -> Features:
 def through_ray(config: TrainConfig) -> float:
     """Images/s of the third epoch of the job."""
     train(config)
+    return _last_rate(config)
+
+
+def on_nodes(config: TrainConfig, cores: Sequence[int]) -> float:
+    """Images/s of the third epoch of the job, on a Ray node for each core with a worker each."""
+    with cluster_of_cores(cores) as cluster, starting_commands() as start:
+        settings = {
+            "annotations": config.annotations, "images": config.images, "val-annotations": config.val_annotations,
+            "attention-size": config.attention_size, "epochs": config.epochs, "batch-size": config.batch_size,
+            "output": config.output, "run-dir": config.run_dir, "num-workers": len(cores), "cpus-per-worker": 1,
+            "ray-address": cluster.address,
+        }  # fmt: skip
+        options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        code, _, err = start("train", *options, env=cluster.env).finish(deadline_s=3600)
+    assert code == 0, err
+    return _last_rate(config)
+
+
+def _last_rate(config: TrainConfig) -> float:
     events = EventAccumulator(f"{config.run_path}/tensorboard")
     events.Reload()
     return float(events.Scalars("train/images_per_s")[-1].value)
@@ -113,6 +136,7 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--num-images", type=int, default=1000)
     options = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))[:2]
     content = json.loads(Path(options.annotations).read_text())
     content["images"] = content["images"][: options.num_images]
     kept = {image["id"] for image in content["images"]}
@@ -142,12 +166,16 @@ def main() -> None:
             "plain loop, 1 thread, after": plain_loop(config("plain"), 1),
             "2 workers of 1 thread": through_ray(config("two1", cpus_per_worker=1, num_workers=2)),
             "1 worker of 1 thread, after": through_ray(config("one1-again", cpus_per_worker=1)),
+            "1 node of 1 core, before": on_nodes(config("node"), cores[:1]),
+            "2 nodes of 1 core": on_nodes(config("nodes"), cores),
+            "1 node of 1 core, after": on_nodes(config("node-again"), cores[:1]),
         }
-        before, ray_2, after, before_1, ray_1, after_1, two, one_after = rates.values()
+        before, ray_2, after, before_1, ray_1, after_1, two, one_after, node, nodes, node_after = rates.values()
         rates["reward, microseconds a caption"] = reward_us(config("reward"))
     rates["Ray over plain loop, 2 threads"] = ray_2 / ((before + after) / 2)
     rates["Ray over plain loop, 1 thread"] = ray_1 / ((before_1 + after_1) / 2)
     rates["2 workers over 1"] = two / ((ray_1 + one_after) / 2)
+    rates["2 nodes over 1"] = nodes / ((node + node_after) / 2)
     print(json.dumps({name: round(rate, 3) for name, rate in rates.items()}, indent=1))  # noqa: T201
 
 

@@ -30,7 +30,7 @@ from raycap import cli
 from raycap.serve.client import RETRIED
 from raycap.serve.config import ServeConfig
 from raycap.serve.front import environment
-from tests.commands import ROOT, wait_until
+from tests.commands import HURRY, ROOT, wait_until
 from tests.integration.test_serve_ray import free_port
 from tests.integration.test_train_faults_ray import STAGES, arguments
 from tests.integration.test_train_ray import write_dataset
@@ -70,7 +70,7 @@ def platform(s3_server: S3Server, tiny_bundle: str) -> Iterator[Platform]:
         list(threads.map(put, range(NUM_OBJECTS)))
     for path in Path(tiny_bundle).iterdir():
         client.put_object(Bucket=bucket, Key=f"tiny/{path.name}", Body=path.read_bytes())
-    env = s3_server.env() | environment(ServeConfig().max_body_mb) | {"PYTHONPATH": str(ROOT)}
+    env = s3_server.env() | environment(ServeConfig().max_body_mb) | {"PYTHONPATH": str(ROOT)} | HURRY
     with ExitStack() as stack:
         network = stack.enter_context(virtual_network())
         log.warning("nodes are %s", "network namespaces" if network else "plain processes at 127.0.0.1")
