@@ -6,13 +6,16 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+import yaml
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raycap.serve import front
+from raycap.serve.config import ServeConfig
 from raycap.serve.front import Front
 from tests.serving import problem
 
@@ -202,3 +205,12 @@ def test_the_environment_says_how_to_put_it_there(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(front, "log_to_stderr", lambda: None)
     (middleware,) = front.middlewares()
     assert middleware.kwargs == {"max_body_bytes": 20_000_000}
+
+
+def test_kuberays_nodes_have_the_same_environment() -> None:
+    text = (Path(__file__).parents[1] / "cluster" / "kuberay" / "serve" / "kustomization.yaml").read_text()
+    (variables,) = re.findall(r"value: &front\n((?: +- \{name: .*\n)+)", text)
+    found = {each["name"]: each["value"] for each in yaml.safe_load(variables)}
+    assert {**found, front.MAX_BODY_MB: float(found[front.MAX_BODY_MB])} == {
+        **front.environment(ServeConfig().max_body_mb), front.MAX_BODY_MB: ServeConfig().max_body_mb
+    }  # fmt: skip

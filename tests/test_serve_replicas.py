@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 
 from raycap.images import Preprocessing
 from raycap.serve.backend import Array, ModelChangedError, ModelInfo, Result
@@ -108,6 +110,13 @@ def test_also_when_the_models_want_other_sizes() -> None:
     assert handle.sizes == [1, 1, 2]
     with pytest.raises(ModelChangedError):
         ask(Handle(fails(changed())), 1)
+
+
+def test_a_replica_that_has_gone_is_no_error_of_ours() -> None:
+    ended = AioRpcError(StatusCode.CANCELLED, Metadata(), Metadata(), "the server has ended")
+    with pytest.raises(ProblemError) as caught:
+        ask(Handle(fails(ended)), 1)
+    assert (caught.value.status, caught.value.code) == (503, "unavailable")
 
 
 def test_when_one_call_fails_the_others_are_given_up() -> None:

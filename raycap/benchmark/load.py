@@ -7,7 +7,8 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
+from typing import Any
 
 import httpx2 as httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,7 +23,7 @@ class Answers:
     latencies_s: list[float] = field(default_factory=list)
     """Of the requests that got captions, from the moment at which they were due."""
     done_s: list[float] = field(default_factory=list)
-    """When each of these was done, since the start."""
+    """When each of their images was done, since the start."""
     num_refused: int = 0
     """Requests that got 503."""
     num_failed: int = 0
@@ -34,14 +35,21 @@ class Answers:
 
 
 def closed_loop(
-    address: str, files: Sequence[bytes], *, num_senders: int, seconds: float, max_requests: int | None = None
+    address: str,
+    files: Sequence[bytes],
+    *,
+    num_senders: int,
+    seconds: float,
+    max_requests: int | None = None,
+    num_images: int = 1,
 ) -> Answers:
-    """Senders that ask again as soon as they are answered, for so long or until each has asked so often."""
+    """Senders that ask again as soon as they are answered, for so long or until each has asked so often. Each request
+    has so many images."""
 
     async def send_all(load: _Load) -> None:
         num_sent = 0
         while load.now_s() < seconds and num_sent != max_requests:
-            await load.send(load.now_s())
+            await load.send(load.now_s(), num_images)
             num_sent += 1
 
     async def run() -> Answers:
@@ -91,12 +99,14 @@ class _Load:
         """Since the start."""
         return time.perf_counter() - self._start_s
 
-    async def send(self, due_s: float) -> None:
+    async def send(self, due_s: float, num_images: int = 1) -> None:
         """One request that was due then."""
+        files = list(islice(self._files, num_images))
+        body: dict[str, Any] = {"content": files[0], "headers": {"Content-Type": "application/octet-stream"}}
+        if num_images > 1:
+            body = {"files": [("image", file) for file in files]}
         try:
-            answer = await self._client.post(
-                "/v1/caption", content=next(self._files), headers={"Content-Type": "application/octet-stream"}
-            )
+            answer = await self._client.post("/v1/caption", **body)
         except httpx.TransportError as error:
             self.answers.num_failed += 1
             self.answers.last_refusal = repr(error)
@@ -104,7 +114,7 @@ class _Load:
         done_s = self.now_s()
         if answer.status_code == 200:
             self.answers.latencies_s.append(done_s - due_s)
-            self.answers.done_s.append(done_s)
+            self.answers.done_s += [done_s] * num_images
             return
         self.answers.last_refusal = f"{answer.status_code} {answer.text[:500]}"
         if answer.status_code == 503:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SHARES: Final = (0.5, 0.8, 1.5)
 """Of what the endpoint does at most, what is asked of it."""
+NUM_SEVERAL: Final = 8
+"""Images of a request, where there are several."""
 NUM_SINGLE: Final = 50
 """Requests one after another, and direct calls, of which the median counts."""
 WARM_UP_S: Final = 2.0
@@ -41,6 +43,7 @@ def serve_measures(
     """The endpoint at saturation, and one request against one direct call; each round adds to `loads` what came of
     each of `SHARES`."""
     singles: list[Sample] = []
+    severals: list[Sample] = []
 
     def direct() -> Sample:
         seconds = []
@@ -64,6 +67,10 @@ def serve_measures(
             singles.append(Sample(images_per_s=1 / median(one.latencies_s), core_ms=None))
             most = ask(closed_loop, num_senders=senders, seconds=config.serve_s)
             rate = saturation(most.done_s, config)
+            several = ask(
+                closed_loop, num_senders=max(1, senders // NUM_SEVERAL), seconds=config.serve_s, num_images=NUM_SEVERAL
+            )
+            severals.append(Sample(images_per_s=saturation(several.done_s, config), core_ms=None))
             found = []
             for share in SHARES:
                 answers = ask(open_loop, rate=share * rate, seconds=config.serve_s)
@@ -73,6 +80,11 @@ def serve_measures(
 
     return [
         Measure(name="serve", title="endpoint at saturation", run=serve),
+        Measure(
+            name="serve_several",
+            title=f"endpoint at saturation, {NUM_SEVERAL} images a request",
+            run=lambda: severals[-1],
+        ),
         Measure(name="serve_single", title="endpoint, one request after another (median)", run=lambda: singles[-1]),
         Measure(name="serve_direct", title="direct calls, one after another (median)", run=direct),
     ]
@@ -129,7 +141,7 @@ def _endpoint(config: BenchmarkConfig) -> Iterator[str]:
         engine=config.engine,
         batch_size=config.batch_size,
         max_queue=_max_queue(config),
-        max_images=1,
+        max_images=NUM_SEVERAL,
         max_body_mb=64.0,
         deadline_s=60.0,
         ray_address="local",

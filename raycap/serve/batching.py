@@ -41,12 +41,20 @@ class _Waiting(Generic[Item, Answer]):
 class Batcher(Generic[Item, Answer]):
     """Calls `run` in a thread of its own, one batch after another. Belongs to one event loop."""
 
-    def __init__(self, run: Callable[[Sequence[Item]], Sequence[Answer]], *, max_size: int, wait_s: float) -> None:
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item]], Sequence[Answer]],
+        *,
+        max_size: int,
+        wait_s: float,
+        thread: ThreadPoolExecutor | None = None,
+    ) -> None:
         """
         Args:
             run: gives an answer for each item, in their order.
             max_size: most items of a batch.
             wait_s: how long an item waits, while nothing runs, for others to fill the batch.
+            thread: a pool of one thread for `run`, if not a new one; ends with this.
         """
         self._run = run
         self._max_size = max_size
@@ -54,7 +62,7 @@ class Batcher(Generic[Item, Answer]):
         self._waiting: deque[_Waiting[Item, Answer]] = deque()
         self._arrived = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "raycap-model")
+        self._thread = thread or ThreadPoolExecutor(1, "raycap-model")
         self._failed_in_a_row = 0
         self._running_since_s: float | None = None
 

@@ -53,8 +53,14 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def environment(max_body_mb: float) -> dict[str, str]:
-    """What the environment of Ray's processes must have for the proxies to be behind this."""
-    return {CALLBACK: f"{__name__}:{middlewares.__name__}", MAX_BODY_MB: str(max_body_mb)}
+    """What the environment of Ray Serve's processes must have: for the proxies to be behind this, and for requests to
+    go from process to process by gRPC, which costs less than calls of actors."""
+    return {
+        CALLBACK: f"{__name__}:{middlewares.__name__}",
+        MAX_BODY_MB: str(max_body_mb),
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+    }
 
 
 def max_body_mb(env: Mapping[str, str] = os.environ) -> float:

@@ -9,6 +9,7 @@ import asyncio
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,9 +88,18 @@ class _Job(NamedTuple):
 class ServedModel:
     """A `Backend` in this process: it batches what comes, and runs it in a thread."""
 
-    def __init__(self, captioner: OnlineCaptioner, *, batch_size: int, batch_wait_s: float) -> None:
+    def __init__(
+        self,
+        captioner: OnlineCaptioner,
+        *,
+        batch_size: int,
+        batch_wait_s: float,
+        thread: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """`thread`: see `Batcher`. Best the one that made the captioner: on CPUs each thread that calls PyTorch gets
+        threads of OpenMP beside it, and with more of these than cores, all of them sleep and wake at each step."""
         self._captioner = captioner
-        self._batcher = Batcher(self._run, max_size=batch_size, wait_s=batch_wait_s)
+        self._batcher = Batcher(self._run, max_size=batch_size, wait_s=batch_wait_s, thread=thread)
 
     async def info(self) -> ModelInfo:
         """See `Backend.info`."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from grpc.aio import AioRpcError
 from prometheus_client.metrics_core import Metric
 from ray import serve as ray_serve
 from ray.exceptions import RayError, RayTaskError
@@ -48,11 +50,17 @@ class ModelReplica:
         from raycap.model.bundle import Bundle
         from raycap.serve.model import OnlineCaptioner, ServedModel
 
+        def load() -> OnlineCaptioner:
+            torch.set_num_threads(num_threads)
+            bundle = Bundle.load(location, s3=config.s3)
+            return OnlineCaptioner(bundle, device=device, precision=config.precision, engine=config.engine)
+
         log_to_stderr()
-        torch.set_num_threads(num_threads)
-        bundle = Bundle.load(location, s3=config.s3)
-        captioner = OnlineCaptioner(bundle, device=device, precision=config.precision, engine=config.engine)
-        self._model = ServedModel(captioner, batch_size=config.batch_size, batch_wait_s=config.batch_wait_ms / 1000)
+        thread = ThreadPoolExecutor(1, "raycap-model")
+        captioner = await asyncio.get_running_loop().run_in_executor(thread, load)
+        self._model = ServedModel(
+            captioner, batch_size=config.batch_size, batch_wait_s=config.batch_wait_ms / 1000, thread=thread
+        )
         self._longest_s = config.deadline_s + SPARE_S
         await caption_sample(self._model)
 
@@ -116,7 +124,7 @@ class ReplicaBackend:
             raise overloaded() from None
         except RayTaskError:  # an error of the model's, not of the way to it
             raise
-        except (RayError, DeploymentUnavailableError) as error:
+        except (RayError, DeploymentUnavailableError, AioRpcError) as error:
             log.warning("a replica has gone: %s", error)
             raise unavailable() from None
 
