@@ -3,22 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
+UNIT := -m "not integration" --numprocesses logical --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test unit check format clean
 
 demo: .venv/installed                  ## caption the sample photos into demo-out/
 	$(BIN)/raycap caption raycap/samples demo-out
 
-test: .venv/installed-test             ## every test
-	$(BIN)/python -m pytest
+test: unit                             ## every test
+	$(BIN)/python -m pytest -m integration
 
-unit: .venv/installed-test             ## the fast tests
-	$(BIN)/python -m pytest -m "not integration"
+unit: .venv/installed-test             ## the fast tests, as many at a time as there are cores
+	$(BIN)/python -m pytest $(UNIT)
 
 check: .venv/installed-test            ## format, lint, types and every test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(MAKE) test
 
 format: .venv/installed-test           ## format and sort imports in place
 	$(BIN)/ruff check --fix-only --quiet

@@ -9,6 +9,9 @@ import pytest
 
 from tests.s3 import S3Server, running_s3_server
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of the processes that share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:

@@ -26,6 +26,15 @@ def test_every_request_is_counted_once() -> None:
     assert sum(found.batch_sizes.values()) == len(found.latencies_s)
 
 
+def test_a_request_may_have_several_images() -> None:
+    with running(ServeConfig(), small_captioner()) as address:
+        found = closed_loop(
+            address.rstrip("/"), [picture(), picture(1)], num_senders=2, seconds=600, max_requests=2, num_images=3
+        )
+    assert len(found.latencies_s) == 4
+    assert len(found.done_s) == sum(found.batch_sizes.values()) == 12
+
+
 def test_saturation_is_between_the_first_batch_and_the_end() -> None:
     assert saturation([0.5, 0.5, 1, 1.5, 2, 2.5, 3, 9], CONFIG) == pytest.approx(2)
     with pytest.raises(ConfigurationError, match="expected at least 3 batches of 2 from the endpoint in 4 s, got 1"):

@@ -161,7 +161,11 @@ class Ingress:
     def __init__(self, config: ServeConfig, models: dict[str, DeploymentHandle[Any]]) -> None:
         log_to_stderr()
         self._config = config
-        self._models = models
+        # A handle asks as the process that made it was told to (see `front.environment`): let that be this one.
+        self._models = {
+            name: ray_serve.get_deployment_handle(handle.deployment_name, handle.app_name)
+            for name, handle in models.items()
+        }
         self._room = Room(config.max_queue)
         self._metrics = IngressMetrics()
 
