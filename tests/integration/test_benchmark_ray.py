@@ -33,7 +33,7 @@ def test_whole(start: Callable[..., Command], photos: Path, tmp_path: Path, tiny
     output, report = tmp_path / "numbers.json", tmp_path / "page.html"
     command = start(
         *("benchmark", str(photos), "--model", tiny_bundle, "--num-images", "8", "--batch-size", "4"),
-        *("--repeats", "1", "--serve-s", "6", "--output", str(output), "--report", str(report)),
+        *("--repeats", "1", "--serve-s", "3", "--output", str(output), "--report", str(report)),
     )
     code, printed, err = command.finish()
     assert code == 0, err

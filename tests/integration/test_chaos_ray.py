@@ -1,4 +1,5 @@
-"""One row for each object, whatever process is killed. `python -m tests.integration.chaos` does many more such runs."""
+"""One row for each object, whatever process is killed. `python -m tests.integration.chaos` does many more such runs,
+and kills nodes, as test_cluster_ray.py does."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def chaos(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> Iterato
 
 @pytest.mark.parametrize(
     ("kind", "first_exit"),
-    [("driver", -signal.SIGKILL), ("actor", cli.EXIT_OK), ("fetcher", cli.EXIT_OK), ("node", cli.EXIT_OK)],
+    [("driver", -signal.SIGKILL), ("actor", cli.EXIT_OK), ("fetcher", cli.EXIT_OK)],
 )
 def test_killed_process_loses_and_doubles_no_row(chaos: Chaos, kind: str, first_exit: int) -> None:
     outcome = chaos.run(kind, seed=1)

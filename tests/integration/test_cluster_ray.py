@@ -43,13 +43,7 @@ from tests.synthetic_s3 import synthetic_image
 
 log = logging.getLogger(__name__)
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        "RAYCAP_CLUSTER_TESTS" not in os.environ, reason="wants an idle machine for minutes: RAYCAP_CLUSTER_TESTS=1"
-    ),
-]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 NUM_OBJECTS = 1500
 """Six chunks."""
