@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -169,13 +170,16 @@ def test_prometheus_sees_what_is_done(config: CaptionConfig) -> None:
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
     def metrics() -> dict[str, float]:
+        """Sums over the actors, each of which has counters of its own."""
         with urllib.request.urlopen(url, timeout=10) as answer:
             lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_raycap_")]
-        return {line.split("{")[0] + (_label(line) or ""): float(line.rpartition(" ")[2]) for line in lines}
+        sums: defaultdict[str, float] = defaultdict(float)
+        for line in lines:
+            sums[line.split("{")[0] + (_label(line) or "")] += float(line.rpartition(" ")[2])
+        return sums
 
-    wait_until(lambda: "ray_raycap_images_total ok" in metrics(), "the counters")
+    wait_until(lambda: metrics()["ray_raycap_images_total ok"] >= NUM_IMAGES - 1, "the counters")
     found = metrics()
-    assert found["ray_raycap_images_total ok"] >= NUM_IMAGES - 1
     assert found["ray_raycap_failures_total not_an_image"] >= 1
     assert found["ray_raycap_bytes_total"] > 0
     assert found["ray_raycap_stage_seconds_total caption"] > 0
