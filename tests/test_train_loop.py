@@ -436,6 +436,7 @@ def one_of_two(rank: int, directory: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.integration
 def test_two_workers_learn_what_one_learns(tmp_path: Path) -> None:
     """One worker with whole batches, and two with their parts (of unequal numbers of tokens, and of images), by gloo
     and DistributedDataParallel for real."""

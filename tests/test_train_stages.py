@@ -346,6 +346,7 @@ def one_of_two(rank: int, job: Job, directory: str) -> None:
     Path(directory, f"lines-{rank}.json").write_text(json.dumps(lines))
 
 
+@pytest.mark.integration
 def test_of_two_workers_the_first_speaks_for_both(tmp_path: Path) -> None:
     """In a training that stops early."""
     job = tiny_job(

@@ -45,6 +45,7 @@ def exchange_gradients_of_a_cnn_with_idle_parameters() -> None:
         wrapped(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).sum().backward()
 
 
+@pytest.mark.integration
 def test_two_workers(tmp_path: Path) -> None:
     spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
     assert list((tmp_path / "shared").iterdir()) == []
