@@ -83,7 +83,7 @@ def request_id(headers: Headers) -> str:
 def content_length(headers: Headers) -> int:
     """As the request says; 0 if it says none, or no number."""
     length = headers.get("content-length", "")
-    return int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
+    return int(length) if re.fullmatch("[0-9]{1,19}", length) else 0
 
 
 class Front:
@@ -191,7 +191,7 @@ class _Exchange:
             route=route_of(self.scope["path"]),
             status=problem.status,
             code=problem.code,
-            start_s=self.start_s,
+            seconds=time.perf_counter() - self.start_s,
             num_bytes=self.num_bytes,
         )
         response = problem.response(self.id)

@@ -165,8 +165,9 @@ class _Request:
 
     def _tell(self) -> None:
         """Count the request, and write its line."""
+        seconds = time.perf_counter() - self.start_s
         route = route_of(self.scope["path"])
-        self.guard.metrics.request(route, self.status, time.perf_counter() - self.start_s)
+        self.guard.metrics.request(route, self.status, seconds)
         place = self.state.get("place")
         tell(
             request_id=self.id,
@@ -174,7 +175,7 @@ class _Request:
             route=route,
             status=self.status,
             code=self.state.get("code"),
-            start_s=self.start_s,
+            seconds=seconds,
             num_bytes=self.num_bytes,
             model=self.state.get("model"),
             images=place.num_images if place else 0,
