@@ -7,61 +7,41 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
 
 from raycap.errors import ConfigurationError
 from raycap.model.beam import beam_search
 from raycap.model.config import DecoderKind, DecodingConfig
 from raycap.model.vocabulary import BOS
-from raycap.train.config import StageKind, TrainConfig
+from raycap.train.config import StageKind
 from raycap.train.data import CaptionData, in_order_of_time
 from raycap.train.loop import Learner
 from raycap.train.schedule import learning_rate_share
 from tests.naive import naive_loss_sum
 from tests.small import KINDS
 from tests.training import (
+    ALL_STAGES,
     FEATURES_NPC,
     IMAGES,
     PIXELS_NHWC,
     VOCABULARY,
-    Recording,
     assert_equal,
     copied,
     from_memory,
-    half_trained,
+    gradients,
+    losses,
     one_thread,  # noqa: F401  # for the whole module
     tiny_config,
     tiny_data,
     tiny_learner,
     tiny_network,
+    trained,
 )
 
-ALL_STAGES = {"epochs": 2, "fine_tune_epochs": 2, "scst_epochs": 2}
 STAGE_KINDS: tuple[StageKind, ...] = ("cross_entropy", "fine_tune", "self_critical")
-
-
-def trained(learner: Learner, num_epochs: int = 2) -> list[dict[str, float]]:
-    """What was reported of each batch."""
-    reports: list[dict[str, float]] = []
-    for epoch in range(num_epochs):
-        learner.train_epoch(epoch, lambda step, metrics: reports.append(metrics))
-    return reports
-
-
-def losses(learner: Learner, num_epochs: int = 2) -> list[float]:
-    return [metrics["train/loss"] for metrics in trained(learner, num_epochs)]
-
-
-def gradients(learner: Learner) -> dict[str, Tensor]:
-    """Of the last batch."""
-    return {name: p.grad.clone() for name, p in learner.scorer.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("stage", STAGE_KINDS)
@@ -395,65 +375,3 @@ def test_divergence_is_named_and_spares_the_weights(precision: str, batch: int) 
     ):
         trained(learner, 20)
     assert_equal(copied(learner.network.decoder.embedding), before)
-
-
-SPLITS: list[tuple[StageKind, dict[str, Any]]] = [
-    ("cross_entropy", {"batch_size": 4}),
-    ("cross_entropy", {"batch_size": 5}),
-    ("cross_entropy", {"batch_size": 5, "images_per_pass": 2}),
-    ("fine_tune", {"batch_size": 5}),
-]
-
-
-def settings_of_two(settings: dict[str, Any]) -> TrainConfig:
-    """Without dropout, whose numbers differ between workers."""
-    return tiny_config(dropout=0.0, max_grad_norm=0.5, fine_tune_learning_rate=1e-2, **ALL_STAGES, **settings)
-
-
-def one_of_two(rank: int, directory: str) -> None:
-    """A worker process."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
-    try:
-        for number, (stage, settings) in enumerate(SPLITS):
-            config = settings_of_two(settings)
-            learner = tiny_learner(config, stage, data=tiny_data(config, rank=rank, world_size=2))
-            reported = losses(learner)
-            torch.save(
-                (copied(learner.scorer), gradients(learner), torch.initial_seed(), reported),
-                Path(directory, f"{number}-{rank}.pt"),
-            )
-            assert isinstance(learner.wrapped, DistributedDataParallel)
-            assert not learner.wrapped.broadcast_buffers, "they never change"
-        config = settings_of_two({"batch_size": 5, "scst_samples": 2})
-        data = tiny_data(config, rank=rank, world_size=2)
-        learner = tiny_learner(config, "self_critical", network=half_trained(), data=data)
-        learner.self_critical = recording = Recording(config)
-        (metrics,) = trained(learner, 1)
-        own = recording.given[0][1]
-        torch.save([(metrics[name], own[name]) for name in own], Path(directory, f"rewards-{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.integration
-def test_two_workers_learn_what_one_learns(tmp_path: Path) -> None:
-    """One worker with whole batches, and two with their parts (of unequal numbers of tokens, and of images), by gloo
-    and DistributedDataParallel for real."""
-    spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
-    for number, (stage, settings) in enumerate(SPLITS):
-        first, second = (torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=True) for rank in range(2))
-        assert_equal(first[0], second[0])
-        assert first[2] != second[2], "each worker has a dropout of its own"
-        config = settings_of_two(settings)
-        alone = tiny_learner(config, stage)
-        fresh = copied(alone.scorer)
-        assert first[3] == second[3] == pytest.approx(losses(alone), rel=1e-4), "of all workers' tokens"
-        torch.testing.assert_close(first[1], gradients(alone), rtol=1e-3, atol=2e-5)
-        torch.testing.assert_close(first[0], copied(alone.scorer), rtol=1e-3, atol=2e-4)
-        moved = [(first[0][name] - fresh[name]).abs().max().item() for name in fresh]
-        assert np.max(moved) > 1e-2, "the tolerance is far below what was learnt"
-    rewards = [torch.load(tmp_path / f"rewards-{rank}.pt", weights_only=True) for rank in range(2)]
-    assert rewards[0][0][1] != rewards[1][0][1]
-    for (reported, of_first), (also_reported, of_second) in zip(*rewards, strict=True):
-        assert reported == also_reported == pytest.approx((3 * of_first + 2 * of_second) / 5)

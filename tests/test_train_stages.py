@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -29,6 +28,7 @@ from tests.training import (
     assert_equal,
     copied,
     half_trained,
+    one_of_two,
     one_thread,  # noqa: F401  # for the whole module
     read_pixels,
     tiny_job,
@@ -325,12 +325,10 @@ def test_no_readable_image_is_an_error_while_the_cnn_learns_too(split: str, says
         run(job, tmp_path / "run")
 
 
-def one_of_two(rank: int, job: Job, directory: str) -> None:
+def run_together(rank: int, job: Job, directory: str) -> None:
     """A worker process."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
     lines: list[str] = []
-    try:
+    with one_of_two(rank, directory):
         place = Place(
             rank=rank,
             world_size=2,
@@ -341,8 +339,6 @@ def one_of_two(rank: int, job: Job, directory: str) -> None:
             read_pixels=read_pixels,
         )
         run_stages(job, place)
-    finally:
-        dist.destroy_process_group()
     Path(directory, f"lines-{rank}.json").write_text(json.dumps(lines))
 
 
@@ -353,7 +349,7 @@ def test_of_two_workers_the_first_speaks_for_both(tmp_path: Path) -> None:
         tmp_path, half_trained(), init="bundle", epochs=0, fine_tune_epochs=3, patience=1, max_length=6,
         fine_tune_learning_rate=1e-30, encoder_learning_rate=1e-30,
     )  # fmt: skip
-    spawn(one_of_two, args=(job, str(tmp_path)), nprocs=2)
+    spawn(run_together, args=(job, str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"lines-{rank}.json").read_text()) for rank in range(2))
     assert first[-1] == "no better validation CIDEr-D in 1 epochs: this stage ends"
     assert any("fine_tune epoch 1/3 done" in line for line in first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ from raycap.train.self_critical import SelfCritical
 from tests.hostile import encode
 from tests.small import small_encoder
 
+ALL_STAGES = {"epochs": 2, "fine_tune_epochs": 2, "scst_epochs": 2}
 COLOURS = ("red", "green", "blue", "white")
 IMAGES = [
     CaptionedImage(
@@ -215,3 +218,31 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     """Bit by bit."""
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def trained(learner: Learner, num_epochs: int = 2) -> list[dict[str, float]]:
+    """What was reported of each batch."""
+    reports: list[dict[str, float]] = []
+    for epoch in range(num_epochs):
+        learner.train_epoch(epoch, lambda step, metrics: reports.append(metrics))
+    return reports
+
+
+def losses(learner: Learner, num_epochs: int = 2) -> list[float]:
+    return [metrics["train/loss"] for metrics in trained(learner, num_epochs)]
+
+
+def gradients(learner: Learner) -> dict[str, Tensor]:
+    """Of the last batch."""
+    return {name: p.grad.clone() for name, p in learner.scorer.named_parameters() if p.grad is not None}
+
+
+@contextmanager
+def one_of_two(rank: int, directory: str) -> Iterator[None]:
+    """The process is one of two workers, which meet in `directory`; gloo connects them until the block ends."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
