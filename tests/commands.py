@@ -55,11 +55,12 @@ class Command:
         return [pid for pid in marked_processes(self.mark) if pid != self.process.pid]
 
     def end(self) -> None:
-        """Kill it and everything that it started."""
+        """Kill it and everything that it started; say what nobody has read, which pytest shows when a test fails."""
         for pid in (self.process.pid, *self.others()):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
+        if self.process.stdout and not self.process.stdout.closed:
+            sys.stdout.write("\n".join(self.process.communicate()))
 
 
 def _prepare() -> None:

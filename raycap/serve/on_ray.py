@@ -11,8 +11,12 @@ import logging
 import math
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 import ray
@@ -22,7 +26,7 @@ from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, ControllerOptions, HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from raycap.errors import ConfigurationError
 from raycap.on_ray import connect
@@ -39,6 +43,8 @@ log = logging.getLogger(__name__)
 APP = "raycap"
 SURGE_PERCENT = 100
 """In an upgrade the new replicas come first, as far as there is room, and each of the old ones goes for one of them."""
+STATUS_S = 0.5
+"""Ray is asked so often whether the endpoint has come up."""
 BESIDE = 1000
 """Requests that an ingress may have beyond its queue: those that it refuses, health, metrics. What comes beyond these
 Ray's proxy refuses, and has no line in the log; with a limit of 24, a burst of 100 requests met it."""
@@ -95,20 +101,30 @@ def serve(config: ServeConfig) -> int:
     connect(config.ray_address)
     resources = plan_resources(config, _nodes())
     check_room(config, resources, _nodes())
+    application = _application(config, resources)
     try:
         start_proxies(config)
-        ingress = ray_serve.run(_application(config, resources), name=APP, route_prefix="/", logging_config=LOGGING)
+        with _signals() as came:
+            target = ray_serve.RunTarget(application, name=APP, route_prefix="/", logging_config=LOGGING)
+            # It may answer before Ray says so: a signal must find us waiting from here on.
+            [ingress] = ray_serve.run_many([target], wait_for_applications_running=False)
+            is_running = _wait_until_running(came)
+            if is_running:
+                log.info("answering at http://%s:%d", config.host, config.port)
+            drain_s = config.drain_s if came.get() == signal.SIGTERM else 0.0
     except (RuntimeError, TimeoutError, RayError) as error:
         raise ConfigurationError(f"the endpoint did not start: {' '.join(str(error).split())}") from error
-    log.info("answering at http://%s:%d", config.host, config.port)
-    drain_s = config.drain_s if _wait_for_signal() == signal.SIGTERM else 0.0
     log.info("answering what has come in")
     try:
         closing = ingress.broadcast("close", drain_s)
         closing.results(timeout_s=drain_s + config.deadline_s + SPARE_S, return_exceptions=True)
-        ray_serve.delete(APP)
     except (TimeoutError, RayError, DeploymentUnavailableError) as error:
-        log.warning("the endpoint did not end in time: %s", error)
+        if is_running:
+            log.warning("the endpoint did not end in time: %s", error)
+    try:
+        ray_serve.delete(APP, _blocking=is_running)
+    except (TimeoutError, RayError) as error:
+        log.warning("the endpoint was not removed from Ray Serve: %s", error)
     ray.shutdown()  # of a cluster, which may serve other applications, this only lets go
     return 0
 
@@ -138,16 +154,40 @@ def start_proxies(config: ServeConfig) -> None:
     )
 
 
-def _wait_for_signal() -> int:
-    """Return the first SIGINT or SIGTERM; the next one does what it did before."""
+@contextmanager
+def _signals() -> Iterator[SimpleQueue[int]]:
+    """Gives the queue to which the first SIGINT or SIGTERM goes; the next one does what it did before."""
     came: SimpleQueue[int] = SimpleQueue()
-    before = {
-        number: signal.signal(number, lambda number, _: came.put(number)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    number = came.get()
-    for each, handler in before.items():
-        signal.signal(each, handler)
-    return number
+
+    def put(number: int, _: FrameType | None) -> None:
+        restore()
+        came.put(number)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, put)
+        yield came
+    finally:
+        restore()
+
+
+def _wait_until_running(came: SimpleQueue[int]) -> bool:
+    """Whether the endpoint came up before a signal did. Raises RuntimeError if it cannot start."""
+    while came.empty():
+        app = ray_serve.status().applications.get(APP)
+        if app is None:
+            raise RuntimeError("it was removed from Ray Serve")
+        if app.status == ApplicationStatus.RUNNING:
+            return True
+        if app.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RuntimeError(app.message)
+        time.sleep(STATUS_S)
+    return False
 
 
 def _check_hosts(config: ServeConfig) -> None:

@@ -28,7 +28,7 @@ from raycap.serve.client import AnswerError, AsyncClient, Client
 from raycap.serve.config import ServeConfig
 from raycap.serve.on_ray import APP, build_app, start_proxies
 from raycap.serve.schemas import Captioned, Options
-from tests.commands import Command, check_one_line, starting_commands, wait_until
+from tests.commands import Command, check_one_line, process_title, starting_commands, wait_until
 from tests.serving import JPEG, SAMPLES, picture, problem
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -288,6 +288,16 @@ def test_sigterm_answers_what_came_in_and_ends_all(start: Callable[..., Command]
     assert all(len(answer.json()["results"]) == num_images for answer in answers)
     code, _, err = command.finish()
     assert code == cli.EXIT_OK, err
+    wait_until(lambda: not command.others(), "the end of all processes")
+
+
+def test_a_signal_ends_it_while_it_starts(start: Callable[..., Command]) -> None:
+    command = start("serve", "--port", str(free_port()))
+    wait_until(lambda: any("ServeReplica" in process_title(pid) for pid in command.others()), "replicas")
+    command.process.send_signal(signal.SIGTERM)
+    code, _, err = command.finish()
+    assert code == cli.EXIT_OK, err
+    assert "answering at" not in err
     wait_until(lambda: not command.others(), "the end of all processes")
 
 
