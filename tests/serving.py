@@ -22,6 +22,7 @@ from raycap.serve.api import create_app
 from raycap.serve.body import Fetch
 from raycap.serve.captions import Room
 from raycap.serve.config import ServeConfig
+from raycap.serve.front import Front
 from raycap.serve.model import OnlineCaptioner, ServedModel, Texts
 from raycap.serve.schemas import Options
 from tests.small import small_bundle
@@ -71,7 +72,8 @@ async def serving(
     model = ServedModel(captioner or small_captioner(), batch_size=batch_size, batch_wait_s=0.0)
     app = create_app(config, dict.fromkeys(config.bundles, model), fetch=fetch, room=room)
     # An error of ours is answered with 500, and raised besides: for the server's log, not for the client.
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    behind = Front(app, max_body_bytes=config.max_body_bytes)  # as behind Ray's proxy
+    transport = httpx.ASGITransport(behind, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
         yield client
     await model.close()

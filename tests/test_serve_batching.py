@@ -62,6 +62,18 @@ def test_an_idle_model_waits_for_a_batch_to_fill() -> None:
     assert model.batches == [[1, 2, 3]]
 
 
+def test_who_is_alone_waits_for_nobody() -> None:
+    async def main() -> None:
+        batcher = Batcher(model, max_size=3, wait_s=1e6)
+        model.turns.release()
+        await batcher.submit(1, is_alone=True)
+        await batcher.close()
+
+    model = Doubler()
+    asyncio.run(main())
+    assert model.batches == [[1]]
+
+
 def test_but_not_for_longer_than_it_may() -> None:
     async def main() -> None:
         batcher = Batcher(model, max_size=3, wait_s=0.001)

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raycap.serve import front
 from raycap.serve.config import ServeConfig
-from raycap.serve.front import Front
+from raycap.serve.front import BODY, Front
 from tests.serving import problem
 
 MAX_BODY = 100
@@ -35,6 +35,9 @@ class Proxy:
         self.scope = scope
         while not self.received or self.received[-1].get("more_body", False):
             self.received.append(await receive())
+        await self.answer_with(send)
+
+    async def answer_with(self, send: Send) -> None:
         for message in self.answer:
             await send(message)
 
@@ -44,7 +47,7 @@ class Proxy:
 
     @property
     def num_bytes(self) -> int:
-        return sum(len(message.get("body", b"")) for message in self.received)
+        return len(self.scope.get(BODY, b"")) + sum(len(message.get("body", b"")) for message in self.received)
 
 
 def answering(status: int, body: bytes, *headers: tuple[bytes, bytes]) -> Proxy:
@@ -184,6 +187,54 @@ def test_bodies_up_to_the_limit_pass(body: Any) -> None:
     proxy = answering(200, b"")
     assert ask(proxy, content=body).status_code == 200
     assert proxy.num_bytes == MAX_BODY
+
+
+def test_a_body_that_is_there_goes_with_the_request() -> None:
+    proxy = answering(200, b"")
+    ask(proxy, content=b"12345")
+    assert proxy.scope[BODY] == b"12345"
+    assert proxy.received == [{"type": "http.request", "body": b"", "more_body": False}]
+
+
+@pytest.mark.parametrize(
+    ("headers", "parts"),
+    [
+        ({"content-length": "5", "expect": "100-continue"}, [b"12345"]),
+        ({"content-length": str(front.BODY_AT_ONCE + 1)}, [b"x" * (front.BODY_AT_ONCE + 1)]),
+        ({"content-length": "5"}, [b"12", b"345"]),  # the rest comes when the proxy has the first part
+        ({"transfer-encoding": "chunked"}, [b"12345"]),
+    ],
+)
+def test_others_pass_as_they_come(headers: dict[str, str], parts: list[bytes]) -> None:
+    async def main() -> None:
+        left = [{"type": "http.request", "body": part, "more_body": part != parts[-1]} for part in parts]
+        rest = asyncio.Event()
+
+        async def receive() -> Message:
+            if len(left) < len(parts):
+                await rest.wait()
+            return left.pop(0)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            assert BODY not in scope
+            found = [await receive()]
+            rest.set()
+            while found[-1]["more_body"]:
+                found.append(await receive())
+            assert [message["body"] for message in found] == parts
+            await answering(200, b"").answer_with(send)
+
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": raw}
+        await Front(app, max_body_bytes=10 * front.BODY_AT_ONCE)(scope, receive, send)
+        assert sent[0]["status"] == 200
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(("body", "num_passed"), [(b"x" * (MAX_BODY + 1), 0), (chunks(5 * MAX_BODY), MAX_BODY + 1)])

@@ -26,6 +26,7 @@ class Handle:
 
     def __init__(self, *replicas: Answer) -> None:
         self.sizes: list[int] = []
+        self.are_alone: list[bool] = []
         self.num_cancelled = 0
         self._replicas = replicas
 
@@ -33,9 +34,10 @@ class Handle:
     def caption(self) -> Handle:
         return self
 
-    def remote(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> Response:
+    def remote(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options, *, is_alone: bool) -> Response:
         answer = self._replicas[len(self.sizes) % len(self._replicas)]
         self.sizes.append(len(pixels_BHWC))
+        self.are_alone.append(is_alone)
         return Response(self, lambda: answer(pixels_BHWC))
 
 
@@ -96,6 +98,10 @@ def test_replicas_share_the_images_of_a_request() -> None:
     handle = Handle(model("a"))
     assert ask(handle, 3) == [("0", "a"), ("1", "a"), ("2", "a")]
     assert handle.sizes == [1, 1, 1]
+    assert handle.are_alone == [False] * 3
+    alone = Handle(model("a"))
+    assert ask(alone, 1) == [("0", "a")]
+    assert alone.are_alone == [True]
 
 
 def test_one_model_answers_for_all_images_of_a_request() -> None:

@@ -35,6 +35,7 @@ class Batched(Generic[Answer]):
 class _Waiting(Generic[Item, Answer]):
     item: Item
     since_s: float
+    is_alone: bool
     future: asyncio.Future[Batched[Answer]]
 
 
@@ -53,7 +54,7 @@ class Batcher(Generic[Item, Answer]):
         Args:
             run: gives an answer for each item, in their order.
             max_size: most items of a batch.
-            wait_s: how long an item waits, while nothing runs, for others to fill the batch.
+            wait_s: how long an item that is not alone waits, while nothing runs, for others to fill the batch.
             thread: a pool of one thread for `run`, if not a new one; ends with this.
         """
         self._run = run
@@ -66,8 +67,10 @@ class Batcher(Generic[Item, Answer]):
         self._failed_in_a_row = 0
         self._running_since_s: float | None = None
 
-    async def submit(self, item: Item) -> Batched[Answer]:
+    async def submit(self, item: Item, *, is_alone: bool = False) -> Batched[Answer]:
         """The item's answer. If the caller is cancelled before its batch starts, the item is in no batch.
+
+        `is_alone`: it waits for no others.
 
         Raises what `run` raised for its batch.
         """
@@ -76,7 +79,7 @@ class Batcher(Generic[Item, Answer]):
             # In a context of its own: that of the request which happens to be first ends with it.
             self._worker = loop.create_task(self._work(), context=contextvars.Context())
         future: asyncio.Future[Batched[Answer]] = loop.create_future()
-        self._waiting.append(_Waiting(item, time.perf_counter(), future))
+        self._waiting.append(_Waiting(item, time.perf_counter(), is_alone, future))
         self._arrived.set()
         return await future
 
@@ -120,7 +123,8 @@ class Batcher(Generic[Item, Answer]):
         while True:
             self._drop_cancelled()
             if self._waiting:
-                left_s = self._waiting[0].since_s + self._wait_s - time.perf_counter()
+                first = self._waiting[0]
+                left_s = 0.0 if first.is_alone else first.since_s + self._wait_s - time.perf_counter()
                 if len(self._waiting) >= self._max_size or left_s <= 0:
                     return [self._waiting.popleft() for _ in range(min(self._max_size, len(self._waiting)))]
             else:

@@ -52,8 +52,8 @@ class ServeConfig:
     batch_size: int = 16
     """Most images that are captioned at a time."""
     batch_wait_ms: float = 2.0
-    """How long an idle model waits for a batch to fill, in milliseconds. A busy one never waits: what came meanwhile is
-    its next batch."""
+    """How long an idle model waits for the other images of a request, in milliseconds. A busy one never waits: what
+    came meanwhile is its next batch."""
 
     max_queue: int = 128
     """Images taken in and not yet answered; requests beyond that get 503 at once."""

@@ -1,6 +1,7 @@
 """What every request passes before it is answered: id, key, rate, size, room and deadline; and its line in the log.
 
-Plain ASGI, outside of the application, so that no byte of a body is read before its sender is known.
+Plain ASGI, outside of the application, so that no body is asked for before its sender is known; a small one may have
+come along, see front.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raycap.serve.access import OPEN_PATHS, route_of, tell
 from raycap.serve.captions import Place, Room
 from raycap.serve.config import ServeConfig
-from raycap.serve.front import content_length, request_id
+from raycap.serve.front import BODY, content_length, request_id
 from raycap.serve.keys import ApiKeys, RateLimit
 from raycap.serve.metrics import Metrics
 from raycap.serve.problems import ProblemError, body_too_large, retry_later
@@ -85,6 +86,7 @@ class _Request:
         self.sender = ""
         self.status = 0
         self.num_bytes = 0
+        self.body: bytes | None = scope.pop(BODY, None)
         self.body_is_read = False
         self.start_s = time.perf_counter()
         self.state = scope.setdefault("state", {})
@@ -128,13 +130,22 @@ class _Request:
         return self.guard.room.place()
 
     async def _receive(self) -> Message:
-        message = await self.receive()
+        message = await self._next_message()
         if message["type"] == "http.disconnect" and not self.body_is_read:
             raise _ClientGone
         self.num_bytes += len(message.get("body", b""))
         self._check_size(self.num_bytes)
         self.body_is_read = not message.get("more_body", False)
         return message
+
+    async def _next_message(self) -> Message:
+        if self.body is not None:
+            body, self.body = self.body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        while True:
+            message = await self.receive()
+            if not (self.body_is_read and message["type"] == "http.request"):  # Ray's, empty, where the body came along
+                return message
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -109,11 +109,15 @@ class ServedModel:
             decoding=self._captioner.decoding,
         )
 
-    async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
-        """See `Backend.caption`."""
+    async def caption(
+        self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options, *, is_alone: bool = True
+    ) -> list[Result]:
+        """See `Backend.caption`. `is_alone`: no other images of the request are on their way."""
         if preprocessing != self._captioner.preprocessing:
             raise ModelChangedError(await self.info())
-        found = await asyncio.gather(*(self._batcher.submit(_Job(pixels, options)) for pixels in pixels_BHWC))
+        found = await asyncio.gather(
+            *(self._batcher.submit(_Job(pixels, options), is_alone=is_alone) for pixels in pixels_BHWC)
+        )
         return [
             Result(
                 captions=texts,

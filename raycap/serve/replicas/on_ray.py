@@ -74,9 +74,11 @@ class ModelReplica:
         """See `Backend.info`."""
         return await self._model.info()
 
-    async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
-        """See `Backend.caption`."""
-        return await self._model.caption(pixels_BHWC, preprocessing, options)
+    async def caption(
+        self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options, *, is_alone: bool
+    ) -> list[Result]:
+        """See `ServedModel.caption`."""
+        return await self._model.caption(pixels_BHWC, preprocessing, options, is_alone=is_alone)
 
 
 class ReplicaBackend:
@@ -94,7 +96,9 @@ class ReplicaBackend:
         """See `Backend.caption`."""
         # A call for each image: the replicas share them, and Ray, which counts calls, sees how much there is to do.
         calls = [
-            asyncio.ensure_future(self._ask(pixels_BHWC[number : number + 1], preprocessing, options))
+            asyncio.ensure_future(
+                self._ask(pixels_BHWC[number : number + 1], preprocessing, options, is_alone=len(pixels_BHWC) == 1)
+            )
             for number in range(len(pixels_BHWC))
         ]
         try:
@@ -108,10 +112,13 @@ class ReplicaBackend:
             for call in calls:
                 call.cancel()
         # While bundles change places, one replica must answer for all of a request's images.
-        return await self._ask(pixels_BHWC, preprocessing, options)
+        return await self._ask(pixels_BHWC, preprocessing, options, is_alone=True)
 
-    async def _ask(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
-        results: list[Result] = await self._answer(self._handle.caption.remote(pixels_BHWC, preprocessing, options))
+    async def _ask(
+        self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options, *, is_alone: bool
+    ) -> list[Result]:
+        response = self._handle.caption.remote(pixels_BHWC, preprocessing, options, is_alone=is_alone)
+        results: list[Result] = await self._answer(response)
         return results
 
     async def _answer(self, response: Any) -> Any:
