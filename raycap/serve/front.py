@@ -123,7 +123,10 @@ class _Exchange:
             if name != b"x-request-id" and name.replace(b"-", b"_") not in _RAYS_OWN
         ]
         self.scope = {**scope, "headers": [*kept, (b"x-request-id", self.id.encode())]}
-        self.is_too_large = content_length(headers) > front.max_body_bytes
+        length = content_length(headers)
+        self.is_too_large = length > front.max_body_bytes
+        # Who expects a 100 sends no body before it is asked for one.
+        self.may_read_ahead = 0 < length <= BODY_AT_ONCE and not self.is_too_large and "expect" not in headers
         self.start_s = time.perf_counter()
         self.num_bytes = 0
         self.ahead: deque[Message] = deque()
@@ -139,7 +142,8 @@ class _Exchange:
         if self.scope["path"].startswith("/-/"):
             await self._refuse(ProblemError(404, "not_found", "Not Found"))
             return
-        await self._read_ahead()
+        if self.may_read_ahead:
+            await self._read_ahead()
         try:
             await self.front.app(self.scope, self._receive, self._send)
             # The proxy sends nothing when the ingress has died, and when it was told that the client went.
@@ -154,11 +158,6 @@ class _Exchange:
 
     async def _read_ahead(self) -> None:
         """Put a small body into the scope, if all of it is there."""
-        headers = Headers(scope=self.scope)
-        size = content_length(headers)
-        # Who expects a 100 sends no body before it is asked for one.
-        if not 0 < size <= min(BODY_AT_ONCE, self.front.max_body_bytes) or "expect" in headers:
-            return
         with suppress(TimeoutError):
             async with asyncio.timeout(AT_ONCE_S):
                 while not self.ahead or self.ahead[-1].get("more_body", False):
