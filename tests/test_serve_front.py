@@ -14,7 +14,7 @@ import pytest
 import yaml
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raycap.serve import front
+from raycap.serve import front, haproxy
 from raycap.serve.config import ServeConfig
 from raycap.serve.front import BODY, Front
 from tests.serving import problem
@@ -262,6 +262,6 @@ def test_kuberays_nodes_have_the_same_environment() -> None:
     text = (Path(__file__).parents[1] / "cluster" / "kuberay" / "serve" / "kustomization.yaml").read_text()
     (variables,) = re.findall(r"value: &front\n((?: +- \{name: .*\n)+)", text)
     found = {each["name"]: each["value"] for each in yaml.safe_load(variables)}
-    wanted = front.environment(ServeConfig().max_body_mb)
+    wanted = front.environment(ServeConfig().max_body_mb) | haproxy.environment("/usr/local/bin/raycap-haproxy")
     assert float(found.pop(front.MAX_BODY_MB)) == float(wanted.pop(front.MAX_BODY_MB))
     assert found == wanted

@@ -1,8 +1,9 @@
 """The endpoint on Ray Serve.
 
-    front -> HTTP proxy -> Ingress (checks, decodes; CPU) -> a deployment for each model (batches, captions; GPU or CPU)
+    HAProxy -> front -> Ingress (checks, decodes; CPU) -> a deployment for each model (batches, captions; GPU or CPU)
 
-What runs in the processes of the last two is in replicas/on_ray.py.
+What runs in the processes of the last two is in replicas/on_ray.py, and front is in the ingress's. Where there is no
+HAProxy, front is in one of Ray's Python proxies, from which requests go on to an ingress.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from raycap.errors import ConfigurationError
 from raycap.on_ray import connect
-from raycap.serve import front
+from raycap.serve import front, haproxy
 from raycap.serve.config import ServeConfig
 from raycap.serve.keys import ApiKeys
 from raycap.serve.problems import RETRY_AFTER_S
@@ -93,8 +94,7 @@ def serve(config: ServeConfig) -> int:
     # What is wrong is told here: from a replica it would come as a traceback.
     for location in config.bundles.values():
         Bundle.load(location, s3=config.s3)
-    is_of_a_cluster = bool(config.ray_address or os.environ.get("RAY_ADDRESS"))
-    if config.keys_file and not is_of_a_cluster:  # whose nodes have files of their own
+    if config.keys_file and not _is_of_a_cluster(config):  # whose nodes have files of their own
         ApiKeys(config.keys_file)
     _check_hosts(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -110,6 +110,7 @@ def serve(config: ServeConfig) -> int:
             [ingress] = ray_serve.run_many([target], wait_for_applications_running=False)
             is_running = _wait_until_running(came)
             if is_running:
+                _client().wait_for_proxies_serving()
                 log.info("answering at http://%s:%d", config.host, config.port)
             drain_s = config.drain_s if came.get() == signal.SIGTERM else 0.0
     except (RuntimeError, TimeoutError, RayError) as error:
@@ -135,7 +136,7 @@ def start_proxies(config: ServeConfig) -> None:
     Raises ConfigurationError if they listen elsewhere already: Ray would leave them as they are.
     """
     timeout_s = config.deadline_s + SPARE_S
-    client = ray_serve.context._get_global_client(raise_if_no_controller_running=False)
+    client = _client()
     if client is not None:
         there = client.http_config
         there_s = math.inf if there.request_timeout_s is None else there.request_timeout_s
@@ -147,6 +148,9 @@ def start_proxies(config: ServeConfig) -> None:
             )
     # Ray kills a proxy that takes longer than this to start, 5 s by default, and the start with it: on a busy machine.
     environment = front.environment(config.max_body_mb) | {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+    program = haproxy.program()
+    if program is not None and not _is_of_a_cluster(config):  # whose nodes may have it elsewhere, or not at all
+        environment |= haproxy.environment(str(program)) | haproxy.own_environment()
     ray_serve.start(
         http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout_s),
         controller_options=ControllerOptions(runtime_env={"env_vars": environment}),
@@ -188,6 +192,15 @@ def _wait_until_running(came: SimpleQueue[int]) -> bool:
             raise RuntimeError(app.message)
         time.sleep(STATUS_S)
     return False
+
+
+def _client() -> Any:
+    """Of Ray Serve, where it runs."""
+    return ray_serve.context._get_global_client(raise_if_no_controller_running=False)
+
+
+def _is_of_a_cluster(config: ServeConfig) -> bool:
+    return config.ray_address not in (None, "local") or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _check_hosts(config: ServeConfig) -> None:

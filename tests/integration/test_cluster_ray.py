@@ -27,6 +27,7 @@ import pytest
 import yaml
 
 from raycap import cli
+from raycap.serve import haproxy
 from raycap.serve.client import RETRIED
 from raycap.serve.config import ServeConfig
 from raycap.serve.front import environment
@@ -65,6 +66,8 @@ def platform(s3_server: S3Server, tiny_bundle: str) -> Iterator[Platform]:
     for path in Path(tiny_bundle).iterdir():
         client.put_object(Bucket=bucket, Key=f"tiny/{path.name}", Body=path.read_bytes())
     env = s3_server.env() | environment(ServeConfig().max_body_mb) | {"PYTHONPATH": str(ROOT)} | HURRY
+    if program := haproxy.program():
+        env |= haproxy.environment(str(program)) | haproxy.own_environment()
     with ExitStack() as stack:
         network = stack.enter_context(virtual_network())
         log.warning("nodes are %s", "network namespaces" if network else "plain processes at 127.0.0.1")
