@@ -1,9 +1,8 @@
-"""What stands in front of Ray Serve's HTTP proxy, so that its own answers look like the endpoint's, and its memory is
-bounded.
+"""What stands before the ingresses, so that Ray Serve's own answers look like the endpoint's, and memory is bounded.
 
-The proxy takes bodies in before any ingress sees them, and answers for itself where no ingress does: in plain text, or
-with nothing at all when the ingress dies. Each proxy process calls `middlewares`, where its environment has
-`environment()`.
+Ray takes bodies in before any ingress sees them, and answers for itself where no ingress does: in plain text, or with
+nothing at all when the ingress dies. Each process with an HTTP server of Ray Serve calls `middlewares`, where its
+environment has `environment()`: those of ingresses, and Ray's Python proxies. HAProxy (see haproxy.py) is none of them.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def content_length(headers: Headers) -> int:
 
 
 class Front:
-    """Wraps Ray's proxy."""
+    """Wraps Ray's HTTP server of a proxy or an ingress."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
         self.app = app

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ SPARE_S = 10.0
 """What Ray waits beyond the deadline of requests, which the ingress keeps: for requests and for replicas that end."""
 CHECK_S = 20.0
 """For the caption that a replica under suspicion must give; Ray itself waits 30 s for the check."""
+SPIN_COUNT = "3000"
+"""Loops in which PyTorch's threads wait for work before they sleep: some 10 us, where libgomp's own 300,000 take the
+cores from the ingress and from what it decodes."""
 METRICS_S = 5.0
 """The ingresses have so long to tell their numbers to the one that was asked."""
 
@@ -45,6 +49,8 @@ class ModelReplica:
     """One process with one model. It is there when it has captioned a photo."""
 
     async def __init__(self, config: ServeConfig, location: str | None, device: str, num_threads: int) -> None:
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
         import torch
 
         from raycap.model.bundle import Bundle
