@@ -27,9 +27,15 @@ def connect(address: str | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address = cluster_address(address)
     with _own_sigterm_handler():
         _connect(address)
+
+
+def cluster_address(address: str | None = None) -> str | None:
+    """Where `connect` finds a cluster with this `address`; None if it starts Ray on this machine."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
 
 
 @contextmanager
@@ -44,7 +50,7 @@ def _own_sigterm_handler() -> Iterator[None]:
 def _connect(address: str | None) -> None:
     # Ray's own future default; unset, it warns in every process.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address in (None, "local"):
+    if address is None:
         log.info("starting Ray on this machine")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:

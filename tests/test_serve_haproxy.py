@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from socket import create_connection, create_server
+from socket import create_connection
 from threading import Thread
 
 import httpx2 as httpx
@@ -18,7 +19,7 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions
 
 from raycap.serve import haproxy
-from tests.commands import end_with_parent, process_title, wait_until
+from tests.commands import end_with_parent, free_port, free_ports, process_title, wait_until
 from tests.serving import problem
 
 PROGRAM = haproxy.program()
@@ -46,21 +47,17 @@ class Ingress(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-def free_port() -> int:
-    with create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 def write_config(folder: Path, *ingress_ports: int) -> tuple[Path, HAProxyConfig]:
     """As Ray does."""
+    port, stats_port, metrics_port = free_ports(3)
     config = HAProxyConfig(
-        http_options=HTTPOptions(host="127.0.0.1", port=free_port()),
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
         socket_path=str(folder / "admin.sock"),
         metrics_socket_path=str(folder / "metrics.sock"),
         server_state_base=str(folder),
         server_state_file=str(folder / "state"),
-        stats_port=free_port(),
-        metrics_port=free_port(),
+        stats_port=stats_port,
+        metrics_port=metrics_port,
         is_head=True,
     )
     servers = [ServerConfig(f"ingress{port}", "127.0.0.1", port) for port in ingress_ports]
@@ -76,7 +73,9 @@ def write_config(folder: Path, *ingress_ports: int) -> tuple[Path, HAProxyConfig
 def proxy(folder: Path, *ingress_ports: int) -> Iterator[httpx.Client]:
     """A client of the program with such a configuration."""
     path, config = write_config(folder, *ingress_ports)
-    process = subprocess.Popen([str(PROGRAM), "-db", "-f", str(path), "-dR"], preexec_fn=_prepare)
+    process = subprocess.Popen(
+        [str(PROGRAM), "-db", "-f", str(path), "-dR"], preexec_fn=partial(end_with_parent, signal.SIGKILL)
+    )
     try:
         wait_until(lambda: listens(config.frontend_port) or process.poll() is not None, "HAProxy")
         assert process.poll() is None
@@ -85,10 +84,6 @@ def proxy(folder: Path, *ingress_ports: int) -> Iterator[httpx.Client]:
     finally:
         process.kill()
         process.wait()
-
-
-def _prepare() -> None:
-    end_with_parent(signal.SIGKILL)
 
 
 def listens(port: int) -> bool:
@@ -181,7 +176,7 @@ def test_it_ends_with_who_started_it(tmp_path: Path, ingress: int) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=_prepare,
+        preexec_fn=partial(end_with_parent, signal.SIGKILL),
     )
     with parent:
         assert parent.stdout is not None
@@ -193,8 +188,7 @@ def test_it_ends_with_who_started_it(tmp_path: Path, ingress: int) -> None:
 
 
 def test_where_it_is_not_installed_there_is_no_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    nowhere: Callable[[str], str] = lambda _: str(tmp_path)  # noqa: E731
-    monkeypatch.setattr(haproxy.sysconfig, "get_path", nowhere)
+    monkeypatch.setattr(haproxy.sysconfig, "get_path", lambda _: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert haproxy.program() is None
     (tmp_path / haproxy.PROGRAM).touch(mode=0o755)

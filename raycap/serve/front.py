@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raycap.serve.access import log_to_stderr, route_of, tell
 from raycap.serve.config import ServeConfig
 from raycap.serve.problems import (
+    REQUEST_ID,
     ProblemError,
     body_too_large,
     draining,
@@ -56,7 +57,6 @@ _RAYS_OWN = {
     b"x_session_id",
 }
 """Headers by which a client would tell Ray when to give its request up, and where to send it."""
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def environment(max_body_mb: float) -> dict[str, str]:
@@ -84,7 +84,7 @@ def middlewares() -> list[Middleware]:
 def request_id(headers: Headers) -> str:
     """The request's own, if it has one that fits into a line of a log, else a new one."""
     given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if re.fullmatch(REQUEST_ID, given) else uuid.uuid4().hex
 
 
 def content_length(headers: Headers) -> int:

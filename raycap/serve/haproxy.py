@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
-from raycap.serve.problems import PROBLEM_JSON, RETRY_AFTER_S, unavailable
+from raycap.serve.problems import PROBLEM_JSON, REQUEST_ID, RETRY_AFTER_S, unavailable
 
 PROGRAM = "raycap-haproxy"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -89,10 +89,10 @@ def edited(text: str, problem_file: str) -> str:
     answer = f'content-type "{PROBLEM_JSON}" lf-file "{problem_file}" hdr Retry-After {RETRY_AFTER_S:g}'
     rules = f"""\
     http-request set-var(txn.raycap_id) uuid()
-    http-request set-var(txn.raycap_id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:/+=-]{{1,128}}$ }}
+    http-request set-var(txn.raycap_id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^{REQUEST_ID}$ }}
     http-after-response set-header X-Request-ID %[var(txn.raycap_id)] unless {{ res.hdr(x-request-id) -m found }}
     http-after-response set-status 503 if {{ status 502 504 }} {{ res.hdr(content-type) {PROBLEM_JSON} }}
-"""  # noqa: E501
+"""
     text = text.replace(frontend[0], frontend[0] + rules)
     text = re.sub(r"errorfile (502|503|504) \S+", lambda found: f"http-error status {found[1]} {answer}", text)
     text = re.sub(r"http-request return status 404 .*", lambda _: f"http-request return status 503 {answer}", text)
@@ -104,11 +104,9 @@ def edited(text: str, problem_file: str) -> str:
 
 def main() -> None:
     """Become HAProxy. The arguments are those that Ray gives it."""
-    if (parent := os.getppid()) == 1:
-        sys.exit("Ray has gone")
     # Ray does not end it when Ray itself is killed, and it would keep the port.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
+    if os.getppid() == 1:  # it was killed before that
         sys.exit("Ray has gone")
     config = Path(sys.argv[sys.argv.index("-f") + 1])
     problem = config.with_name("503.json")

@@ -30,7 +30,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from raycap.errors import ConfigurationError
-from raycap.on_ray import connect
+from raycap.on_ray import cluster_address, connect
 from raycap.serve import front, haproxy
 from raycap.serve.config import ServeConfig
 from raycap.serve.keys import ApiKeys
@@ -94,7 +94,7 @@ def serve(config: ServeConfig) -> int:
     # What is wrong is told here: from a replica it would come as a traceback.
     for location in config.bundles.values():
         Bundle.load(location, s3=config.s3)
-    if config.keys_file and not _is_of_a_cluster(config):  # whose nodes have files of their own
+    if config.keys_file and cluster_address(config.ray_address) is None:  # whose nodes have files of their own
         ApiKeys(config.keys_file)
     _check_hosts(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -149,7 +149,8 @@ def start_proxies(config: ServeConfig) -> None:
     # Ray kills a proxy that takes longer than this to start, 5 s by default, and the start with it: on a busy machine.
     environment = front.environment(config.max_body_mb) | {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
     program = haproxy.program()
-    if program is not None and not _is_of_a_cluster(config):  # whose nodes may have it elsewhere, or not at all
+    # The nodes of a cluster may have the program elsewhere, or not at all.
+    if program is not None and cluster_address(config.ray_address) is None:
         environment |= haproxy.environment(str(program)) | haproxy.own_environment()
     ray_serve.start(
         http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout_s),
@@ -197,10 +198,6 @@ def _wait_until_running(came: SimpleQueue[int]) -> bool:
 def _client() -> Any:
     """Of Ray Serve, where it runs."""
     return ray_serve.context._get_global_client(raise_if_no_controller_running=False)
-
-
-def _is_of_a_cluster(config: ServeConfig) -> bool:
-    return config.ray_address not in (None, "local") or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _check_hosts(config: ServeConfig) -> None:

@@ -16,6 +16,8 @@ from starlette.responses import Response
 from raycap.errors import ImageError, RaycapError
 
 PROBLEM_JSON = "application/problem+json"
+REQUEST_ID = "[A-Za-z0-9._:/+=-]{1,128}"
+"""A regular expression for ids of requests that fit into a line of a log."""
 RETRY_AFTER_S = 1.0
 IMAGE_STATUS = {"too_large": 413, "not_an_image": 415, "unsupported_format": 415}
 """HTTP status of a request whose only image failed; 422 for other codes."""

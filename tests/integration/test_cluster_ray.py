@@ -31,8 +31,7 @@ from raycap.serve import haproxy
 from raycap.serve.client import RETRIED
 from raycap.serve.config import ServeConfig
 from raycap.serve.front import environment
-from tests.commands import HURRY, ROOT, wait_until
-from tests.integration.test_serve_ray import free_port
+from tests.commands import HURRY, ROOT, free_port, wait_until
 from tests.integration.test_train_faults_ray import STAGES, arguments
 from tests.integration.test_train_ray import write_dataset
 from tests.jobs import Job, Platform

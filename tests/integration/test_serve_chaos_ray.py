@@ -26,8 +26,8 @@ from raycap.model.captioner import Captioner
 from raycap.serve.config import ServeConfig
 from raycap.serve.on_ray import APP, build_app, start_proxies
 from tests.bundles import SIZE_PX, random_bundle
-from tests.commands import Command, process_title, wait_until
-from tests.integration.test_serve_ray import free_port, start_endpoint
+from tests.commands import Command, free_port, process_title, wait_until
+from tests.integration.test_serve_ray import start_endpoint
 from tests.serving import JPEG, SAMPLES
 
 CHAOS_S = float(os.environ.get("RAYCAP_CHAOS_S", "20"))

@@ -28,7 +28,7 @@ from raycap.serve.client import AnswerError, AsyncClient, Client
 from raycap.serve.config import ServeConfig
 from raycap.serve.on_ray import APP, build_app, start_proxies
 from raycap.serve.schemas import Captioned, Options
-from tests.commands import Command, check_one_line, process_title, starting_commands, wait_until
+from tests.commands import Command, check_one_line, free_port, process_title, starting_commands, wait_until
 from tests.serving import JPEG, SAMPLES, picture, problem
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -36,12 +36,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 KEY = "secret-of-ana"
 BATCH_SIZE, MAX_QUEUE = 4, 24
 PHOTOS = sorted(SAMPLES.glob("*.jpg"))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def start_endpoint(start: Callable[..., Command], *options: str) -> tuple[Command, str]:
