@@ -92,6 +92,7 @@ def load(browser: Any, location: str) -> None:
     """Load a page freshly in a window of a desktop."""
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     emulate(browser)
+    browser.get("about:blank")  # ends what the page before, at first the browser's own, is still loading
     browser.get_log("browser")
     browser.get_log("performance")
     browser.get(Path(location).as_uri())
