@@ -96,6 +96,8 @@ def load(browser: Any, location: str) -> None:
     browser.get_log("browser")
     browser.get_log("performance")
     browser.get(Path(location).as_uri())
+    # Chromedriver's own wait may end with the blank page.
+    wait_until(browser, "return location.protocol === 'file:' && document.readyState === 'complete'")
 
 
 @pytest.fixture
