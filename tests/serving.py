@@ -20,10 +20,10 @@ from torch import Tensor
 
 from raycap.serve.api import create_app
 from raycap.serve.body import Fetch
-from raycap.serve.captions import Room
 from raycap.serve.config import ServeConfig
 from raycap.serve.front import Front
 from raycap.serve.model import OnlineCaptioner, ServedModel, Texts
+from raycap.serve.room import Room
 from raycap.serve.schemas import Options
 from tests.small import small_bundle
 

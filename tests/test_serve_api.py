@@ -19,11 +19,12 @@ from raycap.images import Preprocessing
 from raycap.model.bundle import Bundle
 from raycap.model.captioner import Captioner
 from raycap.serve.backend import Array, ModelInfo, Result
-from raycap.serve.captions import Captions, Room
+from raycap.serve.captions import Captions
 from raycap.serve.config import ServeConfig
 from raycap.serve.metrics import Metrics
 from raycap.serve.model import OnlineCaptioner, ServedModel
 from raycap.serve.problems import ProblemError
+from raycap.serve.room import Room
 from raycap.serve.schemas import CaptionResponse, Options
 from tests.serving import JPEG, SAMPLES, GatedCaptioner, picture, problem, serving, small_captioner
 from tests.small import small_bundle

@@ -8,7 +8,7 @@ import pytest
 
 from raycap.errors import ConfigurationError
 from raycap.serve.config import DEFAULT_MODEL, ServeConfig
-from raycap.serve.resources import check_room, plan_resources
+from raycap.serve.resources import check_room, plan_calls, plan_resources
 
 CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
 
@@ -29,6 +29,8 @@ CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
         ({"drain_s": -1}, "--drain-s must not be negative"),
         ({"max_queue": 8}, "--max-queue must hold"),
         ({"deadline_s": 0}, "--deadline-s must be above 0"),
+        ({"max_latency_s": 0}, "--max-latency-s must be above 0"),
+        ({"max_latency_s": 31}, "--max-latency-s must be at most --deadline-s, 30, got 31"),
         ({"max_body_mb": 0}, "--max-body-mb must be above 0"),
         ({"rate_limit": 5}, "give --keys-file too"),
         ({"model": ("a=x", "a=y")}, "each name once"),
@@ -70,6 +72,30 @@ def test_replicas_share_the_cores_of_a_machine() -> None:
     check_room(shared, resources, [CPU_NODE])
     chosen = ServeConfig(cpus_per_replica=3)
     assert plan_resources(chosen, [CPU_NODE]).num_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_partial", "max_running", "per_replica"),
+    [
+        ({}, 2, 2, 2),
+        ({"num_replicas": 3}, 6, 6, 2),
+        ({"num_ingress": 2}, 1, 1, 2),
+        ({"num_ingress": 3}, 1, 1, 3),
+        ({"num_replicas": 3, "num_ingress": 4}, 2, 2, 8 / 3),
+        ({"max_replicas": 4}, 2, 8, 2),
+        ({"num_replicas": 2, "max_replicas": 8, "num_ingress": 2}, 2, 8, 2),
+    ],
+)
+def test_a_replica_has_a_batch_in_work_and_the_next_one_waiting(
+    settings: dict[str, Any], max_partial: int, max_running: int, per_replica: float
+) -> None:
+    config = ServeConfig(**settings)
+    calls = plan_calls(config)
+    assert (calls.max_partial, calls.max_running) == (max_partial, max_running)
+    assert calls.per_replica == pytest.approx(per_replica)
+    # Ray starts as many replicas as all ingresses have calls out for.
+    most = config.num_ingress * calls.max_running / calls.per_replica
+    assert most >= (config.max_replicas or config.num_replicas)
 
 
 def test_replicas_take_gpus_where_there_are_any() -> None:

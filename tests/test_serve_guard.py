@@ -18,8 +18,8 @@ import httpx2 as httpx
 import pytest
 
 from raycap.serve.access import route_of
-from raycap.serve.captions import Room
 from raycap.serve.config import ServeConfig
+from raycap.serve.room import Room
 from tests.serving import JPEG, GatedCaptioner, picture, problem, running, serving, small_captioner, until
 
 ROOT = Path(__file__).parents[1]

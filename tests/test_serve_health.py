@@ -9,9 +9,9 @@ import pytest
 
 from raycap.serve import health
 from raycap.serve.backend import Array, ModelInfo, Result
-from raycap.serve.captions import Room
 from raycap.serve.health import Readiness, caption_sample
 from raycap.serve.problems import overloaded, unavailable
+from raycap.serve.room import Room
 from raycap.serve.schemas import Options
 from tests.serving import JPEG, picture, problem, serving, until
 from tests.small import small_bundle

@@ -43,7 +43,7 @@ def test_saturation_is_between_the_first_batch_and_the_end() -> None:
 
 def test_a_load_is_told_in_shares_and_milliseconds() -> None:
     answers = Answers(latencies_s=[0.1, 0.2, 0.3], num_refused=1, num_failed=1, batch_sizes={"1": 1, "2": 2})
-    found = summary(answers, share=1.5, rate=40, max_queue=8)
+    found = summary(answers, share=1.5, rate=40, bound_s=0.2)
     assert (found["asked_per_s"], found["bound_ms"], found["p50_ms"]) == (60, 200, pytest.approx(200))
     assert (found["answered"], found["refused"], found["failed"]) == (0.6, 0.2, 0.2)
     assert found["batch_sizes"] == {"1": pytest.approx(1 / 3), "2": pytest.approx(2 / 3)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,12 @@ from grpc.aio import AioRpcError, Metadata
 
 from raycap.images import Preprocessing
 from raycap.serve.backend import Array, ModelChangedError, ModelInfo, Result
+from raycap.serve.config import ServeConfig
 from raycap.serve.problems import ProblemError, unavailable
 from raycap.serve.replicas.on_ray import ReplicaBackend
+from raycap.serve.resources import plan_calls
 from raycap.serve.schemas import Options
+from tests.serving import until
 from tests.small import small_bundle
 
 Answer = Callable[[Array], list[Result]]
@@ -26,18 +29,20 @@ class Handle:
 
     def __init__(self, *replicas: Answer) -> None:
         self.sizes: list[int] = []
-        self.are_alone: list[bool] = []
+        self.options: list[Sequence[Options]] = []
         self.num_cancelled = 0
+        self.delay = 10
+        """Turns of the event loop that an answer takes, for each call up to its own."""
         self._replicas = replicas
 
     @property
     def caption(self) -> Handle:
         return self
 
-    def remote(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options, *, is_alone: bool) -> Response:
+    def remote(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Sequence[Options]) -> Response:
         answer = self._replicas[len(self.sizes) % len(self._replicas)]
         self.sizes.append(len(pixels_BHWC))
-        self.are_alone.append(is_alone)
+        self.options.append(options)
         return Response(self, lambda: answer(pixels_BHWC))
 
 
@@ -45,7 +50,7 @@ class Response:
     """A call's answer, which comes a moment later for each call before it."""
 
     def __init__(self, handle: Handle, answer: Callable[[], list[Result]]) -> None:
-        self._handle, self._answer, self._delay = handle, answer, 10 * len(handle.sizes)
+        self._handle, self._answer, self._delay = handle, answer, handle.delay * len(handle.sizes)
 
     def __await__(self) -> Any:
         for _ in range(self._delay):
@@ -87,27 +92,72 @@ def changed() -> ModelChangedError:
     return ModelChangedError(ModelInfo(model_id="", preprocessing=bundle.preprocessing, decoding=bundle.decoding))
 
 
-def ask(handle: Handle, num_images: int) -> list[tuple[str, str]]:
+TWO_REPLICAS = ServeConfig(num_replicas=2, batch_size=4)
+
+
+async def caption(backend: ReplicaBackend, *numbers: int, options: Options | None = None) -> list[tuple[str, str]]:
     """Text and model of each image."""
-    pixels_BHWC = np.arange(num_images, dtype=np.uint8).reshape(-1, 1, 1, 1)
-    results = asyncio.run(ReplicaBackend(handle).caption(pixels_BHWC, Preprocessing(), Options()))  # type: ignore[arg-type]
+    pixels_BHWC = np.array(numbers, np.uint8).reshape(-1, 1, 1, 1)
+    results = await backend.caption(pixels_BHWC, Preprocessing(), options or Options())
     return [(result.captions[0][0], result.model_id) for result in results]
+
+
+def backend_of(handle: Handle, config: ServeConfig = TWO_REPLICAS) -> ReplicaBackend:
+    return ReplicaBackend(handle, plan_calls(config))  # type: ignore[arg-type]
+
+
+def ask(handle: Handle, num_images: int) -> list[tuple[str, str]]:
+    """Text and model of each image of one request."""
+    return asyncio.run(caption(backend_of(handle), *range(num_images)))
 
 
 def test_replicas_share_the_images_of_a_request() -> None:
     handle = Handle(model("a"))
     assert ask(handle, 3) == [("0", "a"), ("1", "a"), ("2", "a")]
-    assert handle.sizes == [1, 1, 1]
-    assert handle.are_alone == [False] * 3
-    alone = Handle(model("a"))
-    assert ask(alone, 1) == [("0", "a")]
-    assert alone.are_alone == [True]
+    assert handle.sizes == [2, 1]
+
+
+def test_requests_that_wait_go_in_one_call_with_their_own_options() -> None:
+    async def main() -> None:
+        backend = backend_of(handle, ServeConfig(batch_size=3))
+        greedy, both = Options(beam_size=1), (1, 2)
+        asked = [asyncio.create_task(caption(backend, 0))]
+        await until(lambda: handle.sizes == [1], "the first call")
+        asked.append(asyncio.create_task(caption(backend, *both)))
+        await until(lambda: handle.sizes == [1, 2], "the second call")
+        asked += [asyncio.create_task(caption(backend, number, options=greedy)) for number in (3, 4)]
+        asked.append(asyncio.create_task(caption(backend, 5, 6)))
+        texts = [text for found in await asyncio.gather(*asked) for text, _ in found]
+        assert texts == [str(number) for number in range(7)]
+        assert handle.sizes == [1, 2, 3, 1], "a batch in work, and the next one waiting"
+        assert handle.options[2] == [greedy, greedy, Options()]
+
+    handle = Handle(model("a"))
+    asyncio.run(main())
+
+
+def test_a_request_that_goes_leaves_the_call_to_the_others() -> None:
+    async def main() -> None:
+        backend = backend_of(handle, ServeConfig(batch_size=2, max_images=2))
+        both = [asyncio.create_task(caption(backend, number)) for number in (0, 1)]
+        await until(lambda: handle.sizes == [2], "the call")
+        both[0].cancel()
+        assert await both[1] == [("1", "a")]
+        assert handle.num_cancelled == 0
+        handle.delay = 1_000_000
+        alone = asyncio.create_task(caption(backend, 2))
+        await until(lambda: handle.sizes == [2, 1], "the call")
+        alone.cancel()
+        await until(lambda: handle.num_cancelled == 1, "the end of the call")
+
+    handle = Handle(model("a"))
+    asyncio.run(main())
 
 
 def test_one_model_answers_for_all_images_of_a_request() -> None:
     handle = Handle(model("old"), model("new"))
-    assert ask(handle, 3) == [("0", "new"), ("1", "new"), ("2", "new")]
-    assert handle.sizes == [1, 1, 1, 3]
+    assert ask(handle, 3) == [("0", "old"), ("1", "old"), ("2", "old")]
+    assert handle.sizes == [2, 1, 3]
 
 
 def test_also_when_the_models_want_other_sizes() -> None:
@@ -129,4 +179,5 @@ def test_when_one_call_fails_the_others_are_given_up() -> None:
     handle = Handle(fails(unavailable()), model("a"))
     with pytest.raises(ProblemError):
         ask(handle, 4)
-    assert handle.num_cancelled == 3
+    assert handle.sizes == [2, 2]
+    assert handle.num_cancelled == 1

@@ -16,8 +16,8 @@ _RATIOS = {
     "encoder_share": ("tight loop over the encoder alone, chosen engine", "path_chosen", "encode_chosen"),
     "greedy": ("greedy over 3 beams, tight loop, batches of 64", "path_1_batch_64", "path_3_batch_64"),
     "batched": ("batches of 64 over image by image, tight loop", "path_3_batch_64", "path_3_batch_1"),
-    "serve": ("endpoint at saturation over the tight loop", "serve", "path_chosen"),
-    "serve_several": ("endpoint with several images a request over the tight loop", "serve_several", "path_chosen"),
+    "serve": ("endpoint at saturation over the tight loop beside it", "serve", "serve_loop"),
+    "serve_several": ("endpoint with several images a request over the tight loop", "serve_several", "serve_loop"),
     "serve_latency": ("latency of one request over a direct call", "serve_direct", "serve_single"),
     "batched_search": ("batches of 64 over image by image, search alone", "search_3_batch_64", "search_3_batch_1"),
 }

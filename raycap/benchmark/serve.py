@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
-from statistics import median
+from statistics import mean, median
 from typing import Any, Final
 
 import httpx2 as httpx
@@ -18,6 +20,7 @@ import numpy as np
 
 from raycap.benchmark.bulk import steady
 from raycap.benchmark.config import BenchmarkConfig
+from raycap.benchmark.cpu import CpuClock, processes_under
 from raycap.benchmark.load import Answers, closed_loop, open_loop
 from raycap.benchmark.timing import Measure, Sample
 from raycap.errors import ConfigurationError, RaycapError
@@ -34,60 +37,104 @@ NUM_SINGLE: Final = 50
 """Requests one after another, and direct calls, of which the median counts."""
 WARM_UP_S: Final = 2.0
 START_S: Final = 300.0
+DEADLINE_S: Final = 60.0
+EXPECTED_RATIO: Final = 0.8
+"""What the endpoint should do of the tight loop: at that rate, a full queue takes the latency that it is told to
+keep."""
 _MULTIPROCESSING = multiprocessing.get_context("spawn")
 
 
 def serve_measures(
     config: BenchmarkConfig, captioner: Captioner, files: Sequence[bytes], loads: list[list[dict[str, Any]]]
 ) -> list[Measure]:
-    """The endpoint at saturation, and one request against one direct call; each round adds to `loads` what came of
-    each of `SHARES`."""
-    singles: list[Sample] = []
-    severals: list[Sample] = []
+    """The endpoint at saturation against a tight loop, and one request against one direct call, by turns, since a
+    machine's speed changes within minutes; each round adds to `loads` what came of each of `SHARES`."""
+    batch_size = config.batch_size
+    found: dict[str, Sample] = {}
 
-    def direct() -> Sample:
+    def loop() -> Sample:
+        """The tight loop, for half as long as the load that it stands beside."""
+        num_images, start_s, cpu_start_s = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - start_s < config.serve_s / 2:
+            batch = [files[number % len(files)] for number in range(num_images, num_images + batch_size)]
+            captioner.caption([captioner.prepare(data) for data in batch])
+            num_images += batch_size
+        cpu_s, elapsed_s = time.process_time() - cpu_start_s, time.perf_counter() - start_s
+        return Sample(images_per_s=num_images / elapsed_s, core_ms=1000 * cpu_s / num_images)
+
+    def direct() -> list[float]:
+        """Seconds of calls one after another."""
         seconds = []
-        for number in range(NUM_SINGLE):
+        for number in range(NUM_SINGLE // 2):
             start_s = time.perf_counter()
             captioner.caption([captioner.prepare(files[number % len(files)])])
             seconds.append(time.perf_counter() - start_s)
-        return Sample(images_per_s=1 / median(seconds), core_ms=None)
+        return seconds
 
     def serve() -> Sample:
-        with _endpoint(config) as address, ProcessPoolExecutor(1, _MULTIPROCESSING) as pool:
+        latency_s = min(DEADLINE_S, _max_queue(config) / (EXPECTED_RATIO * loop().images_per_s))
+        with _endpoint(config, latency_s) as address, ProcessPoolExecutor(1, _MULTIPROCESSING) as pool:
 
             def ask(load: Callable[..., Answers], **how: Any) -> Answers:
                 return pool.submit(load, address, files, **how).result()
 
-            senders = 2 * config.batch_size  # a batch in work, and the next one waiting
+            senders = 2 * batch_size  # a batch in work, and the next one waiting
             ask(closed_loop, num_senders=senders, seconds=WARM_UP_S)
+            calls_s = direct()
             one = ask(closed_loop, num_senders=1, seconds=START_S, max_requests=NUM_SINGLE)
             if not one.latencies_s:
                 raise ConfigurationError(f"the endpoint gave no captions; its last answer: {one.last_refusal}")
-            singles.append(Sample(images_per_s=1 / median(one.latencies_s), core_ms=None))
+            calls_s += direct()
+            found["single"] = Sample(images_per_s=1 / median(one.latencies_s), core_ms=None)
+            found["direct"] = Sample(images_per_s=1 / median(calls_s), core_ms=None)
+            turns = [loop()]
+            used = _CpuTime()
             most = ask(closed_loop, num_senders=senders, seconds=config.serve_s)
+            core_ms = used.core_ms_for(len(most.done_s))
+            turns.append(loop())
             rate = saturation(most.done_s, config)
             several = ask(
                 closed_loop, num_senders=max(1, senders // NUM_SEVERAL), seconds=config.serve_s, num_images=NUM_SEVERAL
             )
-            severals.append(Sample(images_per_s=saturation(several.done_s, config), core_ms=None))
-            found = []
-            for share in SHARES:
-                answers = ask(open_loop, rate=share * rate, seconds=config.serve_s)
-                found.append(summary(answers, share=share, rate=rate, max_queue=_max_queue(config)))
-            loads.append(found)
-        return Sample(images_per_s=rate, core_ms=None)
+            found["several"] = Sample(images_per_s=saturation(several.done_s, config), core_ms=None)
+            found["loop"] = Sample(
+                images_per_s=mean(turn.images_per_s for turn in turns),
+                core_ms=mean(turn.core_ms or 0.0 for turn in turns),
+            )
+            answers = [(share, ask(open_loop, rate=share * rate, seconds=config.serve_s)) for share in SHARES]
+            loads.append([summary(each, share=share, rate=rate, bound_s=latency_s) for share, each in answers])
+        return Sample(images_per_s=rate, core_ms=core_ms)
 
     return [
         Measure(name="serve", title="endpoint at saturation", run=serve),
-        Measure(
-            name="serve_several",
-            title=f"endpoint at saturation, {NUM_SEVERAL} images a request",
-            run=lambda: severals[-1],
+        *(
+            Measure(name=f"serve_{name}", title=title, run=partial(found.__getitem__, name))
+            for name, title in (
+                ("loop", "tight loop beside the endpoint, before and after"),
+                ("several", f"endpoint at saturation, {NUM_SEVERAL} images a request"),
+                ("single", "endpoint, one request after another (median)"),
+                ("direct", "direct calls, one after another, before and after (median)"),
+            )
         ),
-        Measure(name="serve_single", title="endpoint, one request after another (median)", run=lambda: singles[-1]),
-        Measure(name="serve_direct", title="direct calls, one after another (median)", run=direct),
     ]
+
+
+class _CpuTime:
+    """Of this process and all that it started, from now on."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def core_ms_for(self, num_images: int) -> float | None:
+        """For each of so many images; None where this system does not tell."""
+        if not CpuClock.is_available():
+            return None
+        used_s = sum(seconds - self._before.get(pid, 0.0) for pid, seconds in self._now().items())
+        return 1000 * used_s / max(1, num_images)
+
+    @staticmethod
+    def _now() -> dict[int, float]:
+        return {pid: process.cpu_s for pid, process in processes_under(os.getpid()).items()}
 
 
 def saturation(done_s: Sequence[float], config: BenchmarkConfig) -> float:
@@ -105,8 +152,8 @@ def saturation(done_s: Sequence[float], config: BenchmarkConfig) -> float:
     return num_images / (end_s - start_s)
 
 
-def summary(answers: Answers, *, share: float, rate: float, max_queue: int) -> dict[str, Any]:
-    """What came of one load."""
+def summary(answers: Answers, *, share: float, rate: float, bound_s: float) -> dict[str, Any]:
+    """What came of one load. `bound_s` is what no accepted request should take longer than."""
     num_sent = len(answers.latencies_s) + answers.num_refused + answers.num_failed
     num_images = sum(answers.batch_sizes.values()) or 1
     p50_ms, p99_ms = 1000 * np.percentile(answers.latencies_s or [np.nan], (50, 99))
@@ -118,8 +165,7 @@ def summary(answers: Answers, *, share: float, rate: float, max_queue: int) -> d
         "failed": answers.num_failed / num_sent,
         "p50_ms": float(p50_ms),
         "p99_ms": float(p99_ms),
-        # Whoever is accepted has fewer than so many before it.
-        "bound_ms": 1000 * max_queue / rate,
+        "bound_ms": 1000 * bound_s,
         "batch_sizes": {size: count / num_images for size, count in answers.batch_sizes.items()},
     }
 
@@ -129,7 +175,7 @@ def _max_queue(config: BenchmarkConfig) -> int:
 
 
 @contextmanager
-def _endpoint(config: BenchmarkConfig) -> Iterator[str]:
+def _endpoint(config: BenchmarkConfig, max_latency_s: float) -> Iterator[str]:
     """The address of an endpoint with a Ray of its own, which ends with the block."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -141,9 +187,10 @@ def _endpoint(config: BenchmarkConfig) -> Iterator[str]:
         engine=config.engine,
         batch_size=config.batch_size,
         max_queue=_max_queue(config),
+        max_latency_s=max_latency_s,
         max_images=NUM_SEVERAL,
         max_body_mb=64.0,
-        deadline_s=60.0,
+        deadline_s=DEADLINE_S,
         ray_address="local",
         s3=config.s3,
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,8 @@ from raycap.images import DecodedImage, Preprocessing, decode_image
 from raycap.serve.backend import Backend, ModelChangedError, ModelInfo, Result
 from raycap.serve.config import ServeConfig
 from raycap.serve.metrics import Metrics
-from raycap.serve.problems import ProblemError, draining, overloaded, unavailable
+from raycap.serve.problems import ProblemError, unavailable
+from raycap.serve.room import Room
 from raycap.serve.schemas import Options
 
 DECODING_THREADS = 4
@@ -25,69 +25,6 @@ DECODING_THREADS = 4
 MAX_ATTEMPTS = 20
 """While bundles with other input sizes change places, an attempt meets the size that it prepared, or learns the other:
 whatever the shares, two in a row fail 1 time in 4 at most."""
-
-
-class Room:
-    """How many images may be in work at a time."""
-
-    def __init__(self, size: int) -> None:
-        self.taken = 0
-        self.is_leaving = False
-        self.is_closing = False
-        self._size = size
-        self._emptied = asyncio.Event()
-
-    @contextmanager
-    def place(self) -> Iterator[Place]:
-        """A request's place, for one image at first, until the block ends. Raises ProblemError if there is no room."""
-        place = Place(self)
-        place.hold(1)
-        try:
-            yield place
-        finally:
-            self.taken -= place.num_images
-            if not self.taken:
-                self._emptied.set()
-
-    def take(self, num_images: int) -> None:
-        """Take room for so many more. Raises ProblemError at once if there is none."""
-        if self.taken + num_images > self._size:
-            raise overloaded()
-        self.taken += num_images
-
-    def leave(self) -> None:
-        """Say that the server is about to end, so that load balancers turn away; who comes is answered as before."""
-        self.is_leaving = True
-
-    async def close(self) -> None:
-        """Have requests that come from now on refused; return when those that came before are answered."""
-        self.is_leaving = self.is_closing = True
-        while self.taken:
-            self._emptied.clear()
-            await self._emptied.wait()
-
-    def check_open(self) -> None:
-        """Raise ProblemError if it is closing."""
-        if self.is_closing:
-            raise draining()
-
-    def check_stays(self) -> None:
-        """Raise ProblemError if it is about to close."""
-        if self.is_leaving:
-            raise draining()
-
-
-class Place:
-    """What one request has of the room."""
-
-    def __init__(self, room: Room) -> None:
-        self.num_images = 0
-        self._room = room
-
-    def hold(self, num_images: int) -> None:
-        """Have room for so many images. Raises ProblemError at once if there is none."""
-        self._room.take(num_images - self.num_images)
-        self.num_images = num_images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +78,7 @@ class Captions:
 
         Raises ProblemError for a request that gets no results.
         """
+        came_s, num_in_work = time.perf_counter(), self.room.taken
         info = await self._info_for(model, options)
         decoded: dict[Preprocessing, list[DecodedImage | ImageError]] = {}
         decode_s = 0.0
@@ -154,6 +92,7 @@ class Captions:
             except ModelChangedError as changed:
                 info = self._infos[model] = changed.info
                 continue
+            self.room.learn(num_in_work, time.perf_counter() - came_s)
             self._metrics.stage("decode", decode_s)
             self._metrics.captioned(model, results)
             model_id = next((each.model_id for each in results if isinstance(each, Result)), info.model_id)

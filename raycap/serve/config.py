@@ -51,12 +51,15 @@ class ServeConfig:
     """What runs the encoder. auto: ONNX Runtime in float32 on a CPU, if it is installed, else PyTorch."""
     batch_size: int = 16
     """Most images that are captioned at a time."""
-    batch_wait_ms: float = 2.0
-    """How long an idle model waits for the other images of a request, in milliseconds. A busy one never waits: what
-    came meanwhile is its next batch."""
+    batch_wait_ms: float = 0.0
+    """How long an idle model waits for further images, in milliseconds. A busy one never waits: what came meanwhile is
+    its next batch."""
 
     max_queue: int = 128
     """Images taken in and not yet answered; requests beyond that get 503 at once."""
+    max_latency_s: float | None = None
+    """Requests that would take longer get 503 at once, by what requests took of late; seconds. By default only
+    --max-queue bounds what is taken in."""
     max_images: int = 16
     """Most images of one request."""
     max_body_mb: float = 20.0
@@ -86,7 +89,7 @@ class ServeConfig:
         for name in ("cpus_per_replica", "num_replicas", "num_ingress", "batch_size", "max_images", "max_pixels"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{_flag(name)} must be at least 1, got {value}")
-        for name in ("max_body_mb", "deadline_s", "rate_limit"):
+        for name in ("max_body_mb", "max_latency_s", "deadline_s", "rate_limit"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{_flag(name)} must be above 0, got {value}")
         require(1 <= self.port <= 65535, f"--port must be from 1 to 65535, got {self.port}")
@@ -100,6 +103,10 @@ class ServeConfig:
         require(
             self.max_replicas is None or self.max_replicas >= self.num_replicas,
             f"--max-replicas must be at least --num-replicas, got {self.max_replicas}",
+        )
+        require(
+            self.max_latency_s is None or self.max_latency_s <= self.deadline_s,
+            f"--max-latency-s must be at most --deadline-s, {self.deadline_s:g}, got {self.max_latency_s}",
         )
         # Ray starts a replica for each two batches in work: with a shorter queue, the last ones never.
         wanted = 2 * self.batch_size * (self.max_replicas or 0)

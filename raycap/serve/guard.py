@@ -15,12 +15,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raycap.serve.access import OPEN_PATHS, route_of, tell
-from raycap.serve.captions import Place, Room
 from raycap.serve.config import ServeConfig
 from raycap.serve.front import BODY, content_length, request_id
 from raycap.serve.keys import ApiKeys, RateLimit
 from raycap.serve.metrics import Metrics
 from raycap.serve.problems import ProblemError, body_too_large, retry_later
+from raycap.serve.room import Place, Room
 
 log = logging.getLogger(__name__)
 CLIENT_GONE = 499

@@ -10,6 +10,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +86,10 @@ class _Job(NamedTuple):
     options: Options
 
 
+_Found = tuple[Texts, Array | None]
+"""Captions of one image, and where the model looked."""
+
+
 class ServedModel:
     """A `Backend` in this process: it batches what comes, and runs it in a thread."""
 
@@ -93,13 +98,15 @@ class ServedModel:
         captioner: OnlineCaptioner,
         *,
         batch_size: int,
-        batch_wait_s: float,
+        batch_wait_s: float = 0.0,
         thread: ThreadPoolExecutor | None = None,
     ) -> None:
-        """`thread`: see `Batcher`. Best the one that made the captioner: on CPUs each thread that calls PyTorch gets
-        threads of OpenMP beside it, and with more of these than cores, all of them sleep and wake at each step."""
+        """`thread`: a pool of one thread, if not a new one; ends with this. Best the one that made the captioner: on
+        CPUs each thread that calls PyTorch gets threads of OpenMP beside it, and with more of these than cores, all of
+        them sleep and wake at each step."""
         self._captioner = captioner
-        self._batcher = Batcher(self._run, max_size=batch_size, wait_s=batch_wait_s, thread=thread)
+        self._thread = thread or ThreadPoolExecutor(1, "raycap-model")
+        self._batcher = Batcher(self._run, max_size=batch_size, wait_s=batch_wait_s)
 
     async def info(self) -> ModelInfo:
         """See `Backend.info`."""
@@ -109,15 +116,17 @@ class ServedModel:
             decoding=self._captioner.decoding,
         )
 
-    async def caption(
-        self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options, *, is_alone: bool = True
+    async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
+        """See `Backend.caption`."""
+        return await self.caption_each(pixels_BHWC, preprocessing, [options] * len(pixels_BHWC))
+
+    async def caption_each(
+        self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Sequence[Options]
     ) -> list[Result]:
-        """See `Backend.caption`. `is_alone`: no other images of the request are on their way."""
+        """As `caption`, with each image's own options."""
         if preprocessing != self._captioner.preprocessing:
             raise ModelChangedError(await self.info())
-        found = await asyncio.gather(
-            *(self._batcher.submit(_Job(pixels, options), is_alone=is_alone) for pixels in pixels_BHWC)
-        )
+        found = await asyncio.gather(*map(self._batcher.submit, map(_Job, pixels_BHWC, options)))
         return [
             Result(
                 captions=texts,
@@ -138,10 +147,20 @@ class ServedModel:
     async def close(self) -> None:
         """End its thread."""
         await self._batcher.close()
+        self._thread.shutdown()
 
-    def _run(self, jobs: Sequence[_Job]) -> list[tuple[Texts, Array | None]]:
+    async def _run(self, jobs: Sequence[_Job]) -> list[_Found]:
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._answers, jobs)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            with suppress(Exception):
+                await running  # nothing stops PyTorch: until then there is no room for another batch
+            raise
+
+    def _answers(self, jobs: Sequence[_Job]) -> list[_Found]:
         """Each job's captions and attention. Equal options are searched for together."""
-        found: list[tuple[Texts, Array | None]] = [((), None)] * len(jobs)
+        found: list[_Found] = [((), None)] * len(jobs)
         groups: dict[Options, list[int]] = defaultdict(list)
         for number, job in enumerate(jobs):
             groups[job.options].append(number)

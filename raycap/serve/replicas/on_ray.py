@@ -8,9 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from grpc.aio import AioRpcError
 from prometheus_client.metrics_core import Metric
 from ray import serve as ray_serve
@@ -22,11 +26,13 @@ from raycap.images import Preprocessing
 from raycap.serve.access import log_to_stderr
 from raycap.serve.api import create_app
 from raycap.serve.backend import Array, ModelChangedError, ModelInfo, Result
-from raycap.serve.captions import Room
+from raycap.serve.batching import Batcher
 from raycap.serve.config import ServeConfig
 from raycap.serve.health import caption_sample
 from raycap.serve.metrics import Metrics, UnionOfMetrics
 from raycap.serve.problems import overloaded, unavailable
+from raycap.serve.resources import Calls, plan_calls
+from raycap.serve.room import Room
 from raycap.serve.schemas import Options
 
 if TYPE_CHECKING:
@@ -81,17 +87,28 @@ class ModelReplica:
         return await self._model.info()
 
     async def caption(
-        self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options, *, is_alone: bool
+        self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Sequence[Options]
     ) -> list[Result]:
-        """See `ServedModel.caption`."""
-        return await self._model.caption(pixels_BHWC, preprocessing, options, is_alone=is_alone)
+        """See `ServedModel.caption_each`."""
+        return await self._model.caption_each(pixels_BHWC, preprocessing, options)
+
+
+class _Job(NamedTuple):
+    pixels_HWC: Array
+    options: Options
 
 
 class ReplicaBackend:
-    """A `Backend` behind a handle: whichever replica of the model has the least to do."""
+    """A `Backend` behind a handle: whichever replica of the model has the least to do.
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+    Images of many requests go in one call, since each costs both processes some milliseconds.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any], calls: Calls) -> None:
         self._handle = handle
+        self._calls = calls
+        self._batchers: dict[Preprocessing, Batcher[_Job, Result]] = {}
+        """By what was prepared for which bundle: several while one takes another's place."""
 
     async def info(self) -> ModelInfo:
         """See `Backend.info`."""
@@ -100,30 +117,35 @@ class ReplicaBackend:
 
     async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
         """See `Backend.caption`."""
-        # A call for each image: the replicas share them, and Ray, which counts calls, sees how much there is to do.
-        calls = [
-            asyncio.ensure_future(
-                self._ask(pixels_BHWC[number : number + 1], preprocessing, options, is_alone=len(pixels_BHWC) == 1)
-            )
-            for number in range(len(pixels_BHWC))
-        ]
+        jobs = [_Job(pixels_HWC, options) for pixels_HWC in pixels_BHWC]
+        asked = [asyncio.ensure_future(self._batcher(preprocessing).submit(job)) for job in jobs]
         try:
-            results = [result for found in await asyncio.gather(*calls) for result in found]
-            if len({result.model_id for result in results}) == 1:
-                return results
+            found = await asyncio.gather(*asked)
+            if len({each.answer.model_id for each in found}) == 1:
+                return [replace(each.answer, queue_s=each.queue_s + each.answer.queue_s) for each in found]
         except ModelChangedError:
-            if len(calls) == 1:
+            if len(jobs) == 1:
                 raise
         finally:
-            for call in calls:
-                call.cancel()
+            for each in asked:
+                each.cancel()
         # While bundles change places, one replica must answer for all of a request's images.
-        return await self._ask(pixels_BHWC, preprocessing, options, is_alone=True)
+        return await self._ask(preprocessing, jobs)
 
-    async def _ask(
-        self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options, *, is_alone: bool
-    ) -> list[Result]:
-        response = self._handle.caption.remote(pixels_BHWC, preprocessing, options, is_alone=is_alone)
+    def _batcher(self, preprocessing: Preprocessing) -> Batcher[_Job, Result]:
+        if preprocessing not in self._batchers:
+            self._batchers[preprocessing] = Batcher(
+                partial(self._ask, preprocessing),
+                max_size=self._calls.max_images,
+                max_partial=self._calls.max_partial,
+                max_running=self._calls.max_running,
+                num_shares=self._calls.num_replicas,
+            )
+        return self._batchers[preprocessing]
+
+    async def _ask(self, preprocessing: Preprocessing, jobs: Sequence[_Job]) -> list[Result]:
+        pixels_BHWC = np.stack([job.pixels_HWC for job in jobs])
+        response = self._handle.caption.remote(pixels_BHWC, preprocessing, [job.options for job in jobs])
         results: list[Result] = await self._answer(response)
         return results
 
@@ -179,7 +201,7 @@ class Ingress:
             name: ray_serve.get_deployment_handle(handle.deployment_name, handle.app_name)
             for name, handle in models.items()
         }
-        self._room = Room(config.max_queue)
+        self._room = Room(config.max_queue, max_latency_s=config.max_latency_s)
         self._metrics = IngressMetrics()
 
     async def numbers(self) -> tuple[str, list[Metric]]:
@@ -198,5 +220,6 @@ class Ingress:
         await self._room.close()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        backends = {name: ReplicaBackend(handle) for name, handle in self._models.items()}
+        calls = plan_calls(self._config)
+        backends = {name: ReplicaBackend(handle, calls) for name, handle in self._models.items()}
         return create_app(self._config, backends, room=self._room, metrics=self._metrics, names_answers=False)

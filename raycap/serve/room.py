@@ -1,0 +1,103 @@
+"""Who is let in: no more images at a time than fit, and none that would wait for too long."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from raycap.serve.problems import draining, overloaded
+
+MEMORY_S = 5.0
+"""After so long a request says a third of what it said at first of how long requests take."""
+EXPECTED_SHARE = 0.8
+"""Of the longest latency, what a request may be expected to take: some take longer, such as those that come when a
+batch has just begun."""
+
+
+class Room:
+    """How many images may be in work at a time: so many, and no more than are captioned in time."""
+
+    def __init__(
+        self, size: int, *, max_latency_s: float | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.taken = 0
+        self.is_leaving = False
+        self.is_closing = False
+        self._size = size
+        self._max_latency_s = math.inf if max_latency_s is None else max_latency_s
+        self._clock = clock
+        self._learned_s = clock()
+        self._seconds = self._images = 0.0
+        """What requests took of late, and how many images were in work when they came: both summed, and fading."""
+        self._emptied = asyncio.Event()
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        """A request's place, for one image at first, until the block ends. Raises ProblemError if there is no room."""
+        place = Place(self)
+        place.hold(1)
+        try:
+            yield place
+        finally:
+            self.taken -= place.num_images
+            if not self.taken:
+                self._emptied.set()
+
+    def take(self, num_images: int, *, has: int) -> None:
+        """Take room for so many images in place of those that the request has. Raises ProblemError at once if there is
+        none."""
+        others = self.taken - has
+        # Whoever comes alone is let in: what it takes tells when the server has become faster.
+        is_late = others > 0 and self.expected_s(others + num_images) > EXPECTED_SHARE * self._max_latency_s
+        if others + num_images > self._size or is_late:
+            raise overloaded()
+        self.taken = others + num_images
+
+    def learn(self, num_in_work: int, seconds: float) -> None:
+        """A request that came when so many images were in work, its own among them, was answered after so long."""
+        now_s = self._clock()
+        fading = math.exp((self._learned_s - now_s) / MEMORY_S)
+        self._seconds, self._images = self._seconds * fading + seconds, self._images * fading + num_in_work
+        self._learned_s = now_s
+
+    def expected_s(self, num_images: int) -> float:
+        """How long it takes now until so many are answered; 0 if nothing is known yet. Images are answered in the order
+        in which they come, so a request's time is that of those before it: of many in work, each takes the same."""
+        return num_images * self._seconds / self._images if self._images else 0.0
+
+    def leave(self) -> None:
+        """Say that the server is about to end, so that load balancers turn away; who comes is answered as before."""
+        self.is_leaving = True
+
+    async def close(self) -> None:
+        """Have requests that come from now on refused; return when those that came before are answered."""
+        self.is_leaving = self.is_closing = True
+        while self.taken:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def check_open(self) -> None:
+        """Raise ProblemError if it is closing."""
+        if self.is_closing:
+            raise draining()
+
+    def check_stays(self) -> None:
+        """Raise ProblemError if it is about to close."""
+        if self.is_leaving:
+            raise draining()
+
+
+class Place:
+    """What one request has of the room."""
+
+    def __init__(self, room: Room) -> None:
+        self.num_images = 0
+        self._room = room
+
+    def hold(self, num_images: int) -> None:
+        """Have room for so many images. Raises ProblemError at once if there is none."""
+        self._room.take(num_images, has=self.num_images)
+        self.num_images = num_images
