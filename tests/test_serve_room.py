@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import Any
 
 import pytest
 
 from raycap.serve.config import ServeConfig
 from raycap.serve.problems import ProblemError
-from raycap.serve.room import EXPECTED_SHARE, MEMORY_S, Room
+from raycap.serve.room import EXPECTED_SHARE, MEMORY_S, Room, room_for
 from tests.serving import JPEG, GatedCaptioner, picture, problem, serving, until
 
 
@@ -63,6 +64,28 @@ def test_what_many_took_together_counts_for_more_and_what_is_long_ago_for_less()
     clock.now_s += MEMORY_S * math.log(1000)
     room.learn(5050, 2 * 5050 * 0.01)
     assert room.expected_s(1) == pytest.approx(0.02, rel=0.01)
+
+
+def test_as_many_as_keep_the_models_busy_are_always_let_in_and_say_nothing() -> None:
+    room = Room(100, max_latency_s=1.0, always=10)
+    room.learn(9, 1e6)
+    assert room.expected_s(1) == 0
+    room.learn(10, 1.0)
+    assert room.expected_s(10) == pytest.approx(1.0)
+    assert fill(room) == 10
+    assert fill(Room(4, max_latency_s=1.0, always=10)) == 4
+
+
+def test_two_batches_of_each_replica_are_always_let_in() -> None:
+    def always(**settings: Any) -> int:
+        room = room_for(ServeConfig(max_latency_s=1.0, **settings))
+        room.learn(1000, 1e6)
+        return fill(room)
+
+    assert always() == 32
+    assert always(num_replicas=2) == 64
+    assert always(num_replicas=2, num_ingress=4) == 16
+    assert always(max_queue=20) == 20
 
 
 def test_who_comes_alone_is_let_in_however_slow_it_is() -> None:

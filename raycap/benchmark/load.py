@@ -43,13 +43,13 @@ def closed_loop(
     max_requests: int | None = None,
     num_images: int = 1,
 ) -> Answers:
-    """Senders that ask again as soon as they are answered, for so long or until each has asked so often. Each request
-    has so many images."""
+    """Senders that ask again as soon as they are answered (503: when they are told to), for so long or until each has
+    asked so often. Each request has so many images."""
 
     async def send_all(load: _Load) -> None:
         num_sent = 0
         while load.now_s() < seconds and num_sent != max_requests:
-            await load.send(load.now_s(), num_images)
+            await asyncio.sleep(await load.send(load.now_s(), num_images))
             num_sent += 1
 
     async def run() -> Answers:
@@ -99,8 +99,8 @@ class _Load:
         """Since the start."""
         return time.perf_counter() - self._start_s
 
-    async def send(self, due_s: float, num_images: int = 1) -> None:
-        """One request that was due then."""
+    async def send(self, due_s: float, num_images: int = 1) -> float:
+        """One request that was due then; gives the seconds that its answer asks to wait."""
         files = list(islice(self._files, num_images))
         body: dict[str, Any] = {"content": files[0], "headers": {"Content-Type": "application/octet-stream"}}
         if num_images > 1:
@@ -110,17 +110,18 @@ class _Load:
         except httpx.TransportError as error:
             self.answers.num_failed += 1
             self.answers.last_refusal = repr(error)
-            return
+            return 0.0
         done_s = self.now_s()
         if answer.status_code == 200:
             self.answers.latencies_s.append(done_s - due_s)
             self.answers.done_s += [done_s] * num_images
-            return
+            return 0.0
         self.answers.last_refusal = f"{answer.status_code} {answer.text[:500]}"
         if answer.status_code == 503:
             self.answers.num_refused += 1
         else:
             self.answers.num_failed += 1
+        return float(answer.headers.get("retry-after", 0))
 
     async def _batch_sizes(self) -> dict[str, float]:
         """Images by the size of their batch, since the endpoint started."""

@@ -27,7 +27,7 @@ from raycap.serve.health import Readiness
 from raycap.serve.metrics import Metrics
 from raycap.serve.openapi import CAPTION_BODY, METRICS_ANSWERS, PROBLEMS, describe
 from raycap.serve.problems import ProblemError, image_problem, internal, invalid_fields
-from raycap.serve.room import Room
+from raycap.serve.room import Room, room_for
 from raycap.serve.schemas import Alternative, Attention, Captioned, CaptionResponse, Failed, Options, Timings
 from raycap.serve.urls import UrlFetcher
 
@@ -54,7 +54,7 @@ def create_app(
     """
     if fetch is None and config.allow_urls:
         fetch = UrlFetcher(config.allow_urls, max_bytes=config.max_body_bytes)
-    room = room or Room(config.max_queue, max_latency_s=config.max_latency_s)
+    room = room or room_for(config)
     metrics = metrics or Metrics()
     metrics.queue(lambda: room.taken)
     models = {name: Readiness(backend) for name, backend in backends.items()}

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from raycap.serve.config import ServeConfig
 from raycap.serve.problems import draining, overloaded
+from raycap.serve.resources import plan_calls
 
 MEMORY_S = 5.0
 """After so long a request says a third of what it said at first of how long requests take."""
@@ -21,13 +23,27 @@ class Room:
     """How many images may be in work at a time: so many, and no more than are captioned in time."""
 
     def __init__(
-        self, size: int, *, max_latency_s: float | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        size: int,
+        *,
+        max_latency_s: float | None = None,
+        always: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """
+        Args:
+            size: most images.
+            max_latency_s: requests that would take longer get no room.
+            always: so many images get room however long they take: with fewer, models would have less to do, be
+                slower for that, and let in still fewer.
+            clock: seconds.
+        """
         self.taken = 0
         self.is_leaving = False
         self.is_closing = False
         self._size = size
         self._max_latency_s = math.inf if max_latency_s is None else max_latency_s
+        self._always = always
         self._clock = clock
         self._learned_s = clock()
         self._seconds = self._images = 0.0
@@ -49,23 +65,30 @@ class Room:
     def take(self, num_images: int, *, has: int) -> None:
         """Take room for so many images in place of those that the request has. Raises ProblemError at once if there is
         none."""
-        others = self.taken - has
-        # Whoever comes alone is let in: what it takes tells when the server has become faster.
-        is_late = others > 0 and self.expected_s(others + num_images) > EXPECTED_SHARE * self._max_latency_s
-        if others + num_images > self._size or is_late:
+        taken = self.taken - has + num_images
+        if taken > self._size:
             raise overloaded()
-        self.taken = others + num_images
+        # A request that comes alone is let in, too, however many images it has.
+        if self.taken > has and taken > self._always and self.expected_s(taken) > EXPECTED_SHARE * self._max_latency_s:
+            raise overloaded()
+        self.taken = taken
 
     def learn(self, num_in_work: int, seconds: float) -> None:
-        """A request that came when so many images were in work, its own among them, was answered after so long."""
+        """A request that came when so many images were in work, its own among them, was answered after so long.
+
+        With less in work than is always let in it says nothing: as long as models have nothing to wait for, a few take
+        as long as many.
+        """
+        if num_in_work < self._always:
+            return
         now_s = self._clock()
         fading = math.exp((self._learned_s - now_s) / MEMORY_S)
         self._seconds, self._images = self._seconds * fading + seconds, self._images * fading + num_in_work
         self._learned_s = now_s
 
     def expected_s(self, num_images: int) -> float:
-        """How long it takes now until so many are answered; 0 if nothing is known yet. Images are answered in the order
-        in which they come, so a request's time is that of those before it: of many in work, each takes the same."""
+        """How long it takes now until so many are answered, in the order in which they come; 0 if nothing is known
+        yet."""
         return num_images * self._seconds / self._images if self._images else 0.0
 
     def leave(self) -> None:
@@ -101,3 +124,13 @@ class Place:
         """Have room for so many images. Raises ProblemError at once if there is none."""
         self._room.take(num_images, has=self.num_images)
         self.num_images = num_images
+
+
+def room_for(config: ServeConfig) -> Room:
+    """Of one ingress with these settings."""
+    calls = plan_calls(config)
+    return Room(
+        config.max_queue,
+        max_latency_s=config.max_latency_s,
+        always=min(config.max_queue, calls.max_partial * calls.max_images),
+    )

@@ -32,7 +32,7 @@ from raycap.serve.health import caption_sample
 from raycap.serve.metrics import Metrics, UnionOfMetrics
 from raycap.serve.problems import overloaded, unavailable
 from raycap.serve.resources import Calls, plan_calls
-from raycap.serve.room import Room
+from raycap.serve.room import room_for
 from raycap.serve.schemas import Options
 
 if TYPE_CHECKING:
@@ -44,9 +44,10 @@ SPARE_S = 10.0
 """What Ray waits beyond the deadline of requests, which the ingress keeps: for requests and for replicas that end."""
 CHECK_S = 20.0
 """For the caption that a replica under suspicion must give; Ray itself waits 30 s for the check."""
-SPIN_COUNT = "3000"
-"""Loops in which PyTorch's threads wait for work before they sleep: some 10 us, where libgomp's own 300,000 take the
-cores from the ingress and from what it decodes."""
+SPIN_COUNT = "30000"
+"""Loops in which PyTorch's threads wait for work before they sleep: some 100 us, which is more than lies between two
+steps of a search. libgomp's own 300,000 take the cores from the ingress and from what it decodes; with 3,000 they sleep
+so often that a single image takes 1.1 times as long."""
 METRICS_S = 5.0
 """The ingresses have so long to tell their numbers to the one that was asked."""
 
@@ -201,7 +202,7 @@ class Ingress:
             name: ray_serve.get_deployment_handle(handle.deployment_name, handle.app_name)
             for name, handle in models.items()
         }
-        self._room = Room(config.max_queue, max_latency_s=config.max_latency_s)
+        self._room = room_for(config)
         self._metrics = IngressMetrics()
 
     async def numbers(self) -> tuple[str, list[Metric]]:
