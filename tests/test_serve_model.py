@@ -170,3 +170,26 @@ def test_pixels_of_another_preprocessing_are_refused() -> None:
         await model.close()
 
     asyncio.run(main())
+
+
+def test_a_batch_that_nobody_waits_for_keeps_the_model_busy_to_its_end() -> None:
+    async def main() -> None:
+        model = served(gated)
+        preprocessing = gated.preprocessing
+        gone = asyncio.create_task(model.caption(pixels_BHWC, preprocessing, Options()))
+        await until(lambda: gated.batch_sizes == [1], "the first batch")
+        gone.cancel()
+        await asyncio.wait([gone])
+        asked = asyncio.create_task(model.caption(pixels_BHWC, preprocessing, Options()))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert model.is_suspect(0.0), "it runs still"
+        gated.gate.set()
+        (result,) = await asked
+        assert result.queue_s > 0
+        assert gated.batch_sizes == [1, 1]
+        await model.close()
+
+    gated = GatedCaptioner()
+    pixels_BHWC = pixels_of(gated, 1).numpy()
+    asyncio.run(main())

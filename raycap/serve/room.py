@@ -15,7 +15,7 @@ from raycap.serve.resources import plan_calls
 MEMORY_S = 5.0
 """After so long a request says a third of what it said at first of how long requests take."""
 EXPECTED_SHARE = 0.65
-"""Of the longest latency, what a request may be expected to take: at 150% of saturation one in a hundred takes 1.5 times
+"""Of the longest latency, what a request may be expected to take: at 150% of saturation one in a hundred took 1.5 times
 as long as half of them (`raycap benchmark --parts serve`)."""
 
 
