@@ -26,7 +26,7 @@ import raycap
 from raycap.benchmark.config import BenchmarkConfig
 from raycap.bulk.config import CaptionConfig, ExportConfig, PlanConfig, ReportConfig, StatusConfig
 from raycap.ensemble.config import EnsembleConfig
-from raycap.errors import ConfigurationError, RaycapError
+from raycap.errors import ConfigurationError, RaycapError, StalledError
 from raycap.evaluate.config import EvaluateConfig
 from raycap.serve.config import ServeConfig
 from raycap.train.config import TrainConfig
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 all done, 1 too many rows failed, 2 bad usage, settings or storage, 130 Ctrl-C, 143
     SIGTERM.
 
-    70 (sysexits.h: EX_SOFTWARE) is anything else, with its traceback: a lost cluster, no memory, an error of ours.
+    70 (sysexits.h: EX_SOFTWARE) is anything else, with its traceback: a lost cluster, no memory, an error of ours; and
+    a run in which nothing happens any more, with a line that says so.
     """
     # What Kubernetes, Slurm and spot nodes send before they kill: leave as at Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
@@ -73,7 +74,7 @@ def run(argv: Sequence[str]) -> int:
             return _dispatch(_parse(argv))
     except RaycapError as error:
         sys.stderr.write(f"raycap: error: {' '.join(str(error).split())}\n")
-        return EXIT_USAGE
+        return EXIT_OTHER if isinstance(error, StalledError) else EXIT_USAGE
     except KeyboardInterrupt as stop:
         name, code = (
             ("terminated", EXIT_TERMINATED) if isinstance(stop, _Terminated) else ("interrupted", EXIT_INTERRUPTED)

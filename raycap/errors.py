@@ -10,6 +10,7 @@ The tree::
     │   ├── NotFoundError           no such bucket, prefix, directory or file
     │   ├── EndpointError           the S3 endpoint cannot be reached or does not speak S3
     │   └── ConditionalWritesUnsupportedError   the S3 server or file system cannot write on a condition
+    ├── StalledError                nothing happens any more in a run; exit code 70
     ├── ProblemError                (raycap.serve) a request to the endpoint that gets a problem as its answer
     ├── AnswerError                 (raycap.serve.client) what a client got instead of captions
     └── ObjectError                 one object failed: it becomes a row with `code`, never a dead job
@@ -63,6 +64,10 @@ class EndpointError(StorageError):
 
 class ConditionalWritesUnsupportedError(StorageError):
     """The S3 server does not know conditional writes (If-Match, If-None-Match), or the file system has no locks."""
+
+
+class StalledError(RaycapError):
+    """Nothing happens any more in a run, which may go on when it is started again."""
 
 
 class ObjectError(RaycapError):

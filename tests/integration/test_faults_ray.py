@@ -124,3 +124,21 @@ def test_endpoint_down_for_good_is_one_message_and_the_run_goes_on_later(
         code, _, err = images.caption(start, proxy, output, "--max-outage-s", "5").finish()
     assert code == cli.EXIT_OK, err
     assert faults_of(output, expected, started) == []
+
+
+def test_run_in_which_nothing_happens_ends_and_goes_on_later(
+    images: Images, expected: Expected, tmp_path: Path, start: Callable[..., Command]
+) -> None:
+    output, started = tmp_path / "out", datetime.now(UTC)
+    with FaultyS3(images.server.endpoint_url, faults=Faults()) as proxy:
+        command = images.caption(start, proxy, output, "--max-stall-s", "40")
+        wait_until(lambda: images.num_gets(proxy) >= NUM_OBJECTS // 4, "a quarter of the images")
+        proxy.down()
+        code, _, err = command.finish()
+        assert code == cli.EXIT_OTHER
+        assert "Traceback" not in err, err
+        assert err.splitlines()[-1].startswith("raycap: error: nothing was captioned for 40 s, so this run ends")
+        proxy.up()
+        code, _, err = images.caption(start, proxy, output).finish()
+    assert code == cli.EXIT_OK, err
+    assert faults_of(output, expected, started) == []
