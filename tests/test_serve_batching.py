@@ -198,6 +198,17 @@ def test_an_error_is_told_to_its_batch_alone() -> None:
     asyncio.run(main())
 
 
+def test_too_few_answers_are_an_error_of_the_whole_batch() -> None:
+    async def run(items: Sequence[int]) -> list[int]:
+        return list(items)[1:]
+
+    async def main() -> None:
+        found = await asyncio.gather(*submit(Batcher(run, max_size=2), 0, 1), return_exceptions=True)
+        assert [type(each) for each in found] == [ValueError, ValueError]
+
+    asyncio.run(main())
+
+
 def test_is_suspect_while_its_batches_fail_one_after_another() -> None:
     async def run(items: Sequence[int]) -> list[int]:
         if min(items) < 0:

@@ -149,6 +149,7 @@ class Batcher(Generic[Item, Answer]):
         start_s = time.perf_counter()
         try:
             answers = await self._run([each.item for each in batch])
+            pairs = list(zip(batch, answers, strict=True))
         except Exception as error:
             self._failed_in_a_row += 1
             for each in batch:
@@ -157,6 +158,6 @@ class Batcher(Generic[Item, Answer]):
             return
         self._failed_in_a_row = 0
         run_s = time.perf_counter() - start_s
-        for each, answer in zip(batch, answers, strict=True):
+        for each, answer in pairs:
             if not each.future.done():
                 each.future.set_result(Batched(answer, start_s - each.since_s, run_s, len(batch)))
