@@ -69,7 +69,7 @@ async def serving(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an application of its own; each model that the settings name is the same captioner."""
     config = config or ServeConfig()
-    model = ServedModel(captioner or small_captioner(), batch_size=batch_size, batch_wait_s=0.0)
+    model = ServedModel(captioner or small_captioner(), batch_size=batch_size)
     app = create_app(config, dict.fromkeys(config.bundles, model), fetch=fetch, room=room)
     # An error of ours is answered with 500, and raised besides: for the server's log, not for the client.
     behind = Front(app, max_body_bytes=config.max_body_bytes)  # as behind Ray's proxy
@@ -88,7 +88,7 @@ def running(config: ServeConfig, captioner: OnlineCaptioner) -> Iterator[str]:
         started = threading.Event()
 
         async def main() -> None:
-            model = ServedModel(captioner, batch_size=4, batch_wait_s=0.0)
+            model = ServedModel(captioner, batch_size=4)
             server.config.app = create_app(config, {"default": model})
             started.set()  # the socket listens already: what comes before the server waits in its queue
             await server.serve([listening])

@@ -284,13 +284,13 @@ def test_pixels_are_prepared_again_for_a_model_that_took_anothers_place() -> Non
         captions = Captions(ServeConfig(), {"default": Place()}, Room(8), Metrics())
         await captions.caption("default", [DOG], Options())
         await model.close()
-        model = ServedModel(another, batch_size=4, batch_wait_s=0.0)
+        model = ServedModel(another, batch_size=4)
         answer = await captions.caption("default", [DOG], Options())
         await model.close()
         return answer.done[0].captions[0][0]
 
     another = OnlineCaptioner(small_bundle(size_px=8), device="cpu")
-    model = ServedModel(small_captioner(), batch_size=4, batch_wait_s=0.0)
+    model = ServedModel(small_captioner(), batch_size=4)
     assert asyncio.run(main()) == another.caption([another.prepare(DOG)])[0].text
 
 
@@ -308,7 +308,7 @@ class Mixed:
 
 
 def served(bundle: Bundle) -> ServedModel:
-    return ServedModel(OnlineCaptioner(bundle, device="cpu"), batch_size=4, batch_wait_s=0.0)
+    return ServedModel(OnlineCaptioner(bundle, device="cpu"), batch_size=4)
 
 
 def test_an_upgrade_to_another_input_size_fails_no_request() -> None:

@@ -209,6 +209,19 @@ def test_too_few_answers_are_an_error_of_the_whole_batch() -> None:
     asyncio.run(main())
 
 
+def test_a_batch_that_is_cancelled_from_within_leaves_nobody_waiting() -> None:
+    async def run(items: Sequence[int]) -> list[int]:
+        raise asyncio.CancelledError
+
+    async def main() -> None:
+        batcher = Batcher(run, max_size=1)
+        for _ in range(2):
+            with pytest.raises(asyncio.CancelledError):
+                await batcher.submit(1)
+
+    asyncio.run(main())
+
+
 def test_is_suspect_while_its_batches_fail_one_after_another() -> None:
     async def run(items: Sequence[int]) -> list[int]:
         if min(items) < 0:

@@ -79,7 +79,7 @@ def scripted(*answers: httpx.Response | Exception) -> Callable[[httpx.Request], 
 
 def test_is_understood_by_the_endpoint() -> None:
     async def main() -> None:
-        model = ServedModel(small_captioner(), batch_size=4, batch_wait_s=0.0)
+        model = ServedModel(small_captioner(), batch_size=4)
         app = create_app(ServeConfig(), {"default": model})
         async with AsyncClient(transport=httpx.ASGITransport(app)) as client:
             one = await client.caption(SAMPLES / "dog.jpg")

@@ -8,7 +8,7 @@ import pytest
 
 from raycap.errors import ConfigurationError
 from raycap.serve.config import DEFAULT_MODEL, ServeConfig
-from raycap.serve.resources import check_room, plan_calls, plan_resources
+from raycap.serve.resources import check_room, plan_resources
 
 CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
 
@@ -19,7 +19,8 @@ CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
         ({"port": 0}, "--port must be from 1"),
         ({"num_replicas": 0}, "--num-replicas must be at least 1"),
         ({"num_replicas": 3, "max_replicas": 2}, "--max-replicas must be at least --num-replicas"),
-        ({"max_replicas": 5}, "160 images in work, two batches for each; --max-queue must be at least 160, got 128"),
+        ({"max_replicas": 5}, "is for 10 batches in work of each ingress; --max-queue must be at least 160, got 128"),
+        ({"max_replicas": 4, "num_ingress": 4, "max_queue": 63}, "--max-queue must be at least 64, got 63"),
         ({"max_replicas": 9, "num_ingress": 2}, "--max-queue must be at least 144, got 128"),
         ({"num_ingress": 0}, "--num-ingress"),
         ({"gpus_per_replica": 1.5}, "must be a whole number"),
@@ -90,8 +91,8 @@ def test_a_replica_has_a_batch_in_work_and_the_next_one_waiting(
     settings: dict[str, Any], max_partial: int, max_running: int, per_replica: float
 ) -> None:
     config = ServeConfig(**settings)
-    calls = plan_calls(config)
-    assert (calls.max_partial, calls.max_running) == (max_partial, max_running)
+    calls = config.calls
+    assert (calls.max_partial(config.num_replicas), calls.max_running) == (max_partial, max_running)
     assert calls.per_replica == pytest.approx(per_replica)
     # Ray starts as many replicas as all ingresses have calls out for.
     most = config.num_ingress * calls.max_running / calls.per_replica

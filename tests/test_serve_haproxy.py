@@ -24,7 +24,7 @@ from tests.serving import problem
 
 PROGRAM = haproxy.program()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no HAProxy for this system")
-UNFIT = ("", 'a"b', "x" * 129)
+UNFIT = ("", 'a"b', "x" * 129, 'abc-1, b","c":"d')
 
 
 class Ingress(BaseHTTPRequestHandler):

@@ -47,7 +47,7 @@ def caption(model: ServedModel, pixels_BHWC: torch.Tensor, options: Options) -> 
 
 
 def served(captioner: OnlineCaptioner, batch_size: int = 8) -> ServedModel:
-    return ServedModel(captioner, batch_size=batch_size, batch_wait_s=0.0)
+    return ServedModel(captioner, batch_size=batch_size)
 
 
 def test_says_what_a_captioner_says() -> None:

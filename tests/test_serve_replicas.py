@@ -15,8 +15,7 @@ from raycap.images import Preprocessing
 from raycap.serve.backend import Array, ModelChangedError, ModelInfo, Result
 from raycap.serve.config import ServeConfig
 from raycap.serve.problems import ProblemError, unavailable
-from raycap.serve.replicas.on_ray import ReplicaBackend
-from raycap.serve.resources import plan_calls
+from raycap.serve.replicas.on_ray import REPLICA_S, ReplicaBackend
 from raycap.serve.schemas import Options
 from tests.serving import until
 from tests.small import small_bundle
@@ -40,16 +39,16 @@ class Handle:
         return self
 
     def remote(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Sequence[Options]) -> Response:
-        answer = self._replicas[len(self.sizes) % len(self._replicas)]
+        number = len(self.sizes) % len(self._replicas)
         self.sizes.append(len(pixels_BHWC))
         self.options.append(options)
-        return Response(self, lambda: answer(pixels_BHWC))
+        return Response(self, lambda: (f"replica-{number}", self._replicas[number](pixels_BHWC)))
 
 
 class Response:
     """A call's answer, which comes a moment later for each call before it."""
 
-    def __init__(self, handle: Handle, answer: Callable[[], list[Result]]) -> None:
+    def __init__(self, handle: Handle, answer: Callable[[], tuple[str, list[Result]]]) -> None:
         self._handle, self._answer, self._delay = handle, answer, handle.delay * len(handle.sizes)
 
     def __await__(self) -> Any:
@@ -103,7 +102,7 @@ async def caption(backend: ReplicaBackend, *numbers: int, options: Options | Non
 
 
 def backend_of(handle: Handle, config: ServeConfig = TWO_REPLICAS) -> ReplicaBackend:
-    return ReplicaBackend(handle, plan_calls(config))  # type: ignore[arg-type]
+    return ReplicaBackend(handle, config)  # type: ignore[arg-type]
 
 
 def ask(handle: Handle, num_images: int) -> list[tuple[str, str]]:
@@ -131,6 +130,41 @@ def test_requests_that_wait_go_in_one_call_with_their_own_options() -> None:
         assert texts == [str(number) for number in range(7)]
         assert handle.sizes == [1, 2, 3, 1], "a batch in work, and the next one waiting"
         assert handle.options[2] == [greedy, greedy, Options()]
+
+    handle = Handle(model("a"))
+    asyncio.run(main())
+
+
+def test_replicas_that_have_come_are_asked_as_much_as_the_others() -> None:
+    async def main() -> None:
+        now_s = 0.0
+        config = ServeConfig(batch_size=4, max_replicas=3)
+        backend = ReplicaBackend(handle, config, clock=lambda: now_s)  # type: ignore[arg-type]
+        await caption(backend, *range(6))
+        assert handle.sizes == [4, 2], "for one replica, as much as a call takes"
+        for number in range(6):
+            await caption(backend, number)
+        assert backend.num_replicas == 3
+        del handle.sizes[:]
+        await caption(backend, *range(6))
+        assert handle.sizes == [2, 2, 2]
+        now_s = REPLICA_S + 1
+        await caption(backend, 0)
+        assert backend.num_replicas == 1, "nobody has heard of the others"
+
+    handle = Handle(model("a"), model("a"), model("a"))
+    asyncio.run(main())
+
+
+def test_a_call_waits_to_be_filled_where_it_is_told_to() -> None:
+    async def main() -> None:
+        backend = backend_of(handle, ServeConfig(batch_size=2, max_images=2, batch_wait_ms=1e6))
+        first = asyncio.create_task(caption(backend, 0))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert handle.sizes == []
+        await asyncio.gather(first, caption(backend, 1))
+        assert handle.sizes == [2]
 
     handle = Handle(model("a"))
     asyncio.run(main())

@@ -66,6 +66,28 @@ def test_what_many_took_together_counts_for_more_and_what_is_long_ago_for_less()
     assert room.expected_s(1) == pytest.approx(0.02, rel=0.01)
 
 
+def test_what_it_learned_is_not_believed_for_ever() -> None:
+    clock = Clock()
+    room = Room(50, max_latency_s=8.0, always=5, clock=clock)
+    room.learn(10, 1e6)
+    clock.now_s = 8.0
+    assert fill(room) == 5
+    clock.now_s = 8.1
+    assert fill(room) == 45, "and so the rest"
+
+
+def test_files_that_are_no_images_teach_nothing() -> None:
+    async def main() -> None:
+        room = Room(8, max_latency_s=1.0)
+        async with serving(ServeConfig(), room=room) as client:
+            await client.post("/v1/caption", content=b"no image", headers=JPEG)
+            assert room.expected_s(1) == 0
+            assert (await client.post("/v1/caption", content=picture(), headers=JPEG)).status_code == 200
+            assert room.expected_s(1) > 0
+
+    asyncio.run(main())
+
+
 def test_as_many_as_keep_the_models_busy_are_always_let_in_and_say_nothing() -> None:
     room = Room(100, max_latency_s=1.0, always=10)
     room.learn(9, 1e6)

@@ -351,11 +351,19 @@ def test_what_is_no_host_is_named(host: str) -> None:
         UrlFetcher([host], max_bytes=1)
 
 
-def test_the_system_looks_up_names() -> None:
+@pytest.mark.parametrize(
+    ("host", "status", "code"),
+    [
+        ("localhost", 403, "url_not_allowed"),
+        ("a..localhost", 422, "url_failed"),
+        (f"{'a' * 64}.localhost", 422, "url_failed"),
+    ],
+)
+def test_the_system_looks_up_names(host: str, status: int, code: str) -> None:
     async def fetch() -> bytes:
-        (body,) = await UrlFetcher(["localhost"], max_bytes=1)(["https://localhost/"])
+        (body,) = await UrlFetcher(["*"], max_bytes=1)([f"https://{host}/"])
         return body
 
     with pytest.raises(ProblemError) as caught:
         asyncio.run(fetch())
-    refused(caught.value, 403, "url_not_allowed")
+    refused(caught.value, status, code)

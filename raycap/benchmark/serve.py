@@ -154,9 +154,9 @@ def saturation(done_s: Sequence[float], config: BenchmarkConfig) -> float:
 
 def summary(answers: Answers, *, share: float, rate: float, bound_s: float) -> dict[str, Any]:
     """What came of one load. `bound_s` is what no accepted request should take longer than."""
-    num_sent = len(answers.latencies_s) + answers.num_refused + answers.num_failed
+    num_sent = len(answers.latencies_s) + answers.num_refused + answers.num_failed or 1
     num_images = sum(answers.batch_sizes.values()) or 1
-    p50_ms, p99_ms = 1000 * np.percentile(answers.latencies_s or [np.nan], (50, 99))
+    p50_ms, p99_ms = 1000 * np.percentile(answers.latencies_s or [0.0], (50, 99))
     return {
         "share": share,
         "asked_per_s": share * rate,

@@ -92,9 +92,10 @@ class Captions:
             except ModelChangedError as changed:
                 info = self._infos[model] = changed.info
                 continue
-            self.room.learn(num_in_work, time.perf_counter() - came_s)
             self._metrics.stage("decode", decode_s)
             self._metrics.captioned(model, results)
+            if any(isinstance(each, Result) for each in results):  # files that are no images take no time
+                self.room.learn(num_in_work, time.perf_counter() - came_s)
             model_id = next((each.model_id for each in results if isinstance(each, Result)), info.model_id)
             if model_id != info.model_id:
                 self._infos.pop(model, None)  # another bundle took its place

@@ -11,6 +11,7 @@ import tyro
 
 from raycap.images import ImageLimits
 from raycap.model.config import Engine, Precision, require
+from raycap.serve.calls import Calls
 from raycap.storage import S3Options
 
 DEFAULT_MODEL = "default"
@@ -52,20 +53,19 @@ class ServeConfig:
     batch_size: int = 16
     """Most images that are captioned at a time."""
     batch_wait_ms: float = 0.0
-    """How long an idle model waits for further images, in milliseconds. A busy one never waits: what came meanwhile is
-    its next batch."""
+    """How long an image waits for others to fill its batch, in milliseconds, where a replica could have it at once."""
 
     max_queue: int = 128
     """Images taken in and not yet answered; requests beyond that get 503 at once."""
     max_latency_s: float | None = None
-    """Requests that would take longer get 503 at once, by what requests took of late; seconds. By default only
-    --max-queue bounds what is taken in."""
+    """Requests that would take longer once their body is there get 503 at once, by what requests of all models took of
+    late; seconds. By default only --max-queue bounds what is taken in."""
     max_images: int = 16
     """Most images of one request."""
     max_body_mb: float = 20.0
     """Largest body of a request, in MB; larger ones get 413 before they are read."""
     max_pixels: int = 50_000_000
-    """Images of more pixels are not decoded. Decoding takes 4 bytes of memory a pixel."""
+    """Images of more pixels are not decoded. Decoding takes 4 bytes of memory a pixel, 13 with transparency."""
     deadline_s: float = 30.0
     """A request that takes longer gets 503, and its images are captioned no more; seconds."""
     drain_s: float = 5.0
@@ -108,12 +108,12 @@ class ServeConfig:
             self.max_latency_s is None or self.max_latency_s <= self.deadline_s,
             f"--max-latency-s must be at most --deadline-s, {self.deadline_s:g}, got {self.max_latency_s}",
         )
-        # Ray starts a replica for each two batches in work: with a shorter queue, the last ones never.
-        wanted = 2 * self.batch_size * (self.max_replicas or 0)
+        # Ray starts replicas by the calls that are out: with a shorter queue, the last ones never.
+        wanted = self.calls.max_running * self.batch_size
         require(
-            self.max_replicas in (None, self.num_replicas) or self.num_ingress * self.max_queue >= wanted,
-            f"--max-replicas {self.max_replicas} is for {wanted} images in work, two batches for each; "
-            f"--max-queue must be at least {math.ceil(wanted / self.num_ingress)}, got {self.max_queue}",
+            self.max_replicas in (None, self.num_replicas) or self.max_queue >= wanted,
+            f"--max-replicas {self.max_replicas} is for {self.calls.max_running} batches in work of each ingress; "
+            f"--max-queue must be at least {wanted}, got {self.max_queue}",
         )
         gpus = self.gpus_per_replica or 0
         require(gpus >= 0, f"--gpus-per-replica must not be negative, got {gpus:g}")
@@ -140,6 +140,15 @@ class ServeConfig:
     def canary_share(self) -> tuple[str, float] | None:
         """The canary's name, and its share of the requests that name no model."""
         return None if self.canary is None else _split_share(self.canary)
+
+    @property
+    def calls(self) -> Calls:
+        """How the ingresses ask the replicas of a model."""
+        return Calls(
+            num_ingress=self.num_ingress,
+            num_replicas=self.num_replicas,
+            max_replicas=self.max_replicas or self.num_replicas,
+        )
 
     @property
     def limits(self) -> ImageLimits:

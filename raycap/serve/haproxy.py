@@ -88,8 +88,8 @@ def edited(text: str, problem_file: str) -> str:
         return text
     answer = f'content-type "{PROBLEM_JSON}" lf-file "{problem_file}" hdr Retry-After {RETRY_AFTER_S:g}'
     rules = f"""\
-    http-request set-var(txn.raycap_id) uuid()
-    http-request set-var(txn.raycap_id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^{REQUEST_ID}$ }}
+    http-request set-var(txn.raycap_id) req.hdr(x-request-id)
+    http-request set-var(txn.raycap_id) uuid() unless {{ var(txn.raycap_id) -m reg ^{REQUEST_ID}$ }}
     http-after-response set-header X-Request-ID %[var(txn.raycap_id)] unless {{ res.hdr(x-request-id) -m found }}
     http-after-response set-status 503 if {{ status 502 504 }} {{ res.hdr(content-type) {PROBLEM_JSON} }}
 """

@@ -98,7 +98,6 @@ class ServedModel:
         captioner: OnlineCaptioner,
         *,
         batch_size: int,
-        batch_wait_s: float = 0.0,
         thread: ThreadPoolExecutor | None = None,
     ) -> None:
         """`thread`: a pool of one thread, if not a new one; ends with this. Best the one that made the captioner: on
@@ -106,7 +105,7 @@ class ServedModel:
         them sleep and wake at each step."""
         self._captioner = captioner
         self._thread = thread or ThreadPoolExecutor(1, "raycap-model")
-        self._batcher = Batcher(self._run, max_size=batch_size, wait_s=batch_wait_s)
+        self._batcher = Batcher(self._run, max_size=batch_size)
 
     async def info(self) -> ModelInfo:
         """See `Backend.info`."""

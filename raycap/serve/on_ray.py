@@ -36,7 +36,7 @@ from raycap.serve.config import ServeConfig
 from raycap.serve.keys import ApiKeys
 from raycap.serve.problems import RETRY_AFTER_S
 from raycap.serve.replicas.on_ray import SPARE_S, Ingress, ModelReplica
-from raycap.serve.resources import INGRESS_CPUS, Resources, check_room, plan_calls, plan_resources
+from raycap.serve.resources import INGRESS_CPUS, Resources, check_room, plan_resources
 from raycap.serve.urls import UrlFetcher
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def _application(config: ServeConfig, resources: Resources) -> Application:
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=config.num_replicas,
                 max_replicas=config.max_replicas,
-                target_ongoing_requests=plan_calls(config).per_replica,
+                target_ongoing_requests=config.calls.per_replica,
             )
         }
     model = ray_serve.deployment(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,37 +19,6 @@ class Resources:
     gpus: float
     cpus: float
     num_threads: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Calls:
-    """How an ingress asks the replicas of a model."""
-
-    max_images: int
-    """Of one call."""
-    max_partial: int
-    """Calls at a time while what waits does not fill one."""
-    max_running: int
-    """And when it does."""
-    num_replicas: int
-    """That share what waits, if it does not fill the calls."""
-    per_replica: float
-    """Calls of all ingresses to each replica, by which Ray starts and ends replicas where their number may grow."""
-
-
-def plan_calls(config: ServeConfig) -> Calls:
-    """A batch in work and the next one waiting for each replica, from all ingresses together; where the number of
-    replicas may grow, as many for those that are not there yet, so that Ray, which counts calls, starts them. What
-    waits beyond that waits in the ingress, where it can still go away."""
-    max_partial = math.ceil(2 * config.num_replicas / config.num_ingress)
-    per_replica = max_partial * config.num_ingress / config.num_replicas
-    return Calls(
-        max_images=config.batch_size,
-        max_partial=max_partial,
-        max_running=math.ceil(per_replica * (config.max_replicas or config.num_replicas) / config.num_ingress),
-        num_replicas=config.num_replicas,
-        per_replica=per_replica,
-    )
 
 
 def plan_resources(config: ServeConfig, nodes: Sequence[dict[str, float]]) -> Resources:

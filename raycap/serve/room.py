@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 from raycap.serve.config import ServeConfig
 from raycap.serve.problems import draining, overloaded
-from raycap.serve.resources import plan_calls
 
 MEMORY_S = 5.0
 """After so long a request says a third of what it said at first of how long requests take."""
@@ -87,9 +86,10 @@ class Room:
         self._learned_s = now_s
 
     def expected_s(self, num_images: int) -> float:
-        """How long it takes now until so many are answered, in the order in which they come; 0 if nothing is known
-        yet."""
-        return num_images * self._seconds / self._images if self._images else 0.0
+        """How long it takes now until so many are answered, in the order in which they come; 0 if that is not known, as
+        where nobody was answered in the longest time that a request may take."""
+        is_known = self._images and self._clock() - self._learned_s <= max(MEMORY_S, self._max_latency_s)
+        return num_images * self._seconds / self._images if is_known else 0.0
 
     def leave(self) -> None:
         """Say that the server is about to end, so that load balancers turn away; who comes is answered as before."""
@@ -128,9 +128,5 @@ class Place:
 
 def room_for(config: ServeConfig) -> Room:
     """Of one ingress with these settings."""
-    calls = plan_calls(config)
-    return Room(
-        config.max_queue,
-        max_latency_s=config.max_latency_s,
-        always=min(config.max_queue, calls.max_partial * calls.max_images),
-    )
+    always = config.calls.max_partial(config.num_replicas) * config.batch_size
+    return Room(config.max_queue, max_latency_s=config.max_latency_s, always=min(config.max_queue, always))

@@ -13,6 +13,8 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpcore2 as httpcore
@@ -28,6 +30,7 @@ Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
 
 TIMEOUT_S = 10.0
 MAX_REDIRECTS = 3
+RESOLVING_THREADS = 64
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PATTERN = re.compile(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
@@ -67,7 +70,7 @@ class UrlFetcher:
             ssl_context=ssl_context,
             max_connections=None,  # slow hosts must not hold up the others; the server's room bounds their number
             max_keepalive_connections=0,  # each image's host is looked up and checked anew
-            network_backend=_PublicNetwork(resolve or _resolve, network or httpcore.AnyIOBackend()),
+            network_backend=_PublicNetwork(resolve or _Resolver(), network or httpcore.AnyIOBackend()),
         )
 
     async def __call__(self, urls: Sequence[str]) -> list[bytes]:
@@ -153,7 +156,7 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
     async def connect_tcp(self, host: str, port: int, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
         try:
             addresses = await self._resolve(host.strip("[]"), port)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # IDNA refuses empty labels and those of more than 63 letters
             raise _failed("its host is not known") from error
         if not addresses or not all(map(is_public, addresses)):
             raise _refused()
@@ -179,9 +182,16 @@ def is_public(address: Address) -> bool:
     return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
-async def _resolve(host: str, port: int) -> list[Address]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [ipaddress.ip_address(address[0]) for *_, address in found]
+class _Resolver:
+    """The system's, in threads of its own: names whose servers do not answer keep them busy for long."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(RESOLVING_THREADS, "raycap-resolve")
+
+    async def __call__(self, host: str, port: int) -> list[Address]:
+        resolve = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, resolve)
+        return [ipaddress.ip_address(address[0]) for *_, address in found]
 
 
 def _matches(host: str, pattern: str) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -31,7 +32,6 @@ from raycap.serve.config import ServeConfig
 from raycap.serve.health import caption_sample
 from raycap.serve.metrics import Metrics, UnionOfMetrics
 from raycap.serve.problems import overloaded, unavailable
-from raycap.serve.resources import Calls, plan_calls
 from raycap.serve.room import room_for
 from raycap.serve.schemas import Options
 
@@ -48,6 +48,8 @@ SPIN_COUNT = "30000"
 """Loops in which PyTorch's threads wait for work before they sleep: some 100 us, which is more than lies between two
 steps of a search. libgomp's own 300,000 take the cores from the ingress and from what it decodes; with 3,000 they sleep
 so often that a single image takes 1.1 times as long."""
+REPLICA_S = 30.0
+"""A replica that answered is believed to be there for so long."""
 METRICS_S = 5.0
 """The ingresses have so long to tell their numbers to the one that was asked."""
 
@@ -71,9 +73,8 @@ class ModelReplica:
         log_to_stderr()
         thread = ThreadPoolExecutor(1, "raycap-model")
         captioner = await asyncio.get_running_loop().run_in_executor(thread, load)
-        self._model = ServedModel(
-            captioner, batch_size=config.batch_size, batch_wait_s=config.batch_wait_ms / 1000, thread=thread
-        )
+        self._model = ServedModel(captioner, batch_size=config.batch_size, thread=thread)
+        self._name = ray_serve.get_replica_context().replica_tag
         self._longest_s = config.deadline_s + SPARE_S
         await caption_sample(self._model)
 
@@ -89,9 +90,9 @@ class ModelReplica:
 
     async def caption(
         self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Sequence[Options]
-    ) -> list[Result]:
-        """See `ServedModel.caption_each`."""
-        return await self._model.caption_each(pixels_BHWC, preprocessing, options)
+    ) -> tuple[str, list[Result]]:
+        """This replica's name, and what `ServedModel.caption_each` gives."""
+        return self._name, await self._model.caption_each(pixels_BHWC, preprocessing, options)
 
 
 class _Job(NamedTuple):
@@ -105,11 +106,16 @@ class ReplicaBackend:
     Images of many requests go in one call, since each costs both processes some milliseconds.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], calls: Calls) -> None:
+    def __init__(
+        self, handle: DeploymentHandle[Any], config: ServeConfig, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._handle = handle
-        self._calls = calls
+        self._config = config
+        self._clock = clock
         self._batchers: dict[Preprocessing, Batcher[_Job, Result]] = {}
         """By what was prepared for which bundle: several while one takes another's place."""
+        self._answered_s: dict[str, float] = {}
+        """When each replica answered last."""
 
     async def info(self) -> ModelInfo:
         """See `Backend.info`."""
@@ -133,22 +139,32 @@ class ReplicaBackend:
         # While bundles change places, one replica must answer for all of a request's images.
         return await self._ask(preprocessing, jobs)
 
+    @property
+    def num_replicas(self) -> int:
+        """As many as there are at least, or as have answered of late."""
+        return max(self._config.num_replicas, len(self._answered_s))
+
     def _batcher(self, preprocessing: Preprocessing) -> Batcher[_Job, Result]:
+        calls = self._config.calls
         if preprocessing not in self._batchers:
             self._batchers[preprocessing] = Batcher(
                 partial(self._ask, preprocessing),
-                max_size=self._calls.max_images,
-                max_partial=self._calls.max_partial,
-                max_running=self._calls.max_running,
-                num_shares=self._calls.num_replicas,
+                max_size=self._config.batch_size,
+                wait_s=self._config.batch_wait_ms / 1000,
+                max_running=calls.max_running,
             )
-        return self._batchers[preprocessing]
+        batcher = self._batchers[preprocessing]
+        batcher.max_partial, batcher.num_shares = calls.max_partial(self.num_replicas), self.num_replicas
+        return batcher
 
     async def _ask(self, preprocessing: Preprocessing, jobs: Sequence[_Job]) -> list[Result]:
         pixels_BHWC = np.stack([job.pixels_HWC for job in jobs])
         response = self._handle.caption.remote(pixels_BHWC, preprocessing, [job.options for job in jobs])
-        results: list[Result] = await self._answer(response)
-        return results
+        replica, results = await self._answer(response)
+        now_s = self._answered_s[replica] = self._clock()
+        self._answered_s = {name: at_s for name, at_s in self._answered_s.items() if now_s - at_s <= REPLICA_S}
+        answers: list[Result] = results
+        return answers
 
     async def _answer(self, response: Any) -> Any:
         try:
@@ -221,6 +237,5 @@ class Ingress:
         await self._room.close()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        calls = plan_calls(self._config)
-        backends = {name: ReplicaBackend(handle, calls) for name, handle in self._models.items()}
+        backends = {name: ReplicaBackend(handle, self._config) for name, handle in self._models.items()}
         return create_app(self._config, backends, room=self._room, metrics=self._metrics, names_answers=False)
