@@ -88,14 +88,39 @@ def test_files_that_are_no_images_teach_nothing() -> None:
     asyncio.run(main())
 
 
-def test_as_many_as_keep_the_models_busy_are_always_let_in_and_say_nothing() -> None:
+def test_as_many_as_keep_the_models_busy_are_always_let_in() -> None:
     room = Room(100, max_latency_s=1.0, always=10)
-    room.learn(9, 1e6)
-    assert room.expected_s(1) == 0
-    room.learn(10, 1.0)
-    assert room.expected_s(10) == pytest.approx(1.0)
+    room.learn(1, 1e6)
     assert fill(room) == 10
     assert fill(Room(4, max_latency_s=1.0, always=10)) == 4
+
+
+def test_what_few_took_counts_only_as_long_as_nothing_is_known_of_many() -> None:
+    clock = Clock()
+    room = Room(100, max_latency_s=8.0, always=10, clock=clock)
+    room.learn(2, 1.0)
+    assert room.expected_s(10) == pytest.approx(5.0)
+    room.learn(20, 2.0)
+    room.learn(2, 1.0)
+    assert room.expected_s(10) == pytest.approx(1.0)
+    clock.now_s = 8.0
+    room.learn(2, 1.0)
+    assert room.expected_s(10) == pytest.approx(1.0)
+    clock.now_s = 8.1
+    assert room.expected_s(10) > 1.5
+    assert fill(room) > 10
+
+
+def test_after_a_slow_hour_those_that_are_let_in_show_that_it_is_over() -> None:
+    clock = Clock()
+    room = Room(100, max_latency_s=8.0, always=10, clock=clock)
+    room.learn(50, 24.0)
+    assert fill(room) == 10
+    room.taken = 0
+    for _ in range(30):  # requests of 9 images, of which no second one has room
+        clock.now_s += 1.0
+        room.learn(9, 0.1)
+    assert fill(room) == 100
 
 
 def test_two_batches_of_each_replica_are_always_let_in() -> None:

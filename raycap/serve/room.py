@@ -18,6 +18,29 @@ EXPECTED_SHARE = 0.65
 as long as half of them (`raycap benchmark --parts serve`)."""
 
 
+class _Recent:
+    """What requests took of late, for each image that was in work when they came."""
+
+    def __init__(self, clock: Callable[[], float], memory_s: float) -> None:
+        self._clock = clock
+        self._memory_s = memory_s
+        self._at_s = clock()
+        self._seconds = self._images = 0.0
+        """Both summed, and fading."""
+
+    def add(self, num_images: int, seconds: float) -> None:
+        now_s = self._clock()
+        fading = math.exp((self._at_s - now_s) / MEMORY_S)
+        self._seconds, self._images = self._seconds * fading + seconds, self._images * fading + num_images
+        self._at_s = now_s
+
+    @property
+    def cost_s(self) -> float | None:
+        """Seconds an image; None if there was no request of late."""
+        is_known = self._images and self._clock() - self._at_s <= self._memory_s
+        return self._seconds / self._images if is_known else None
+
+
 class Room:
     """How many images may be in work at a time: so many, and no more than are captioned in time."""
 
@@ -43,10 +66,9 @@ class Room:
         self._size = size
         self._max_latency_s = math.inf if max_latency_s is None else max_latency_s
         self._always = always
-        self._clock = clock
-        self._learned_s = clock()
-        self._seconds = self._images = 0.0
-        """What requests took of late, and how many images were in work when they came: both summed, and fading."""
+        longest_s = MEMORY_S if max_latency_s is None else max(MEMORY_S, max_latency_s)
+        self._full, self._all = (_Recent(clock, longest_s) for _ in range(2))
+        """Requests that came when the models had all that they can take at a time; and all requests."""
         self._emptied = asyncio.Event()
 
     @contextmanager
@@ -73,23 +95,19 @@ class Room:
         self.taken = taken
 
     def learn(self, num_in_work: int, seconds: float) -> None:
-        """A request that came when so many images were in work, its own among them, was answered after so long.
-
-        With less in work than is always let in it says nothing: as long as models have nothing to wait for, a few take
-        as long as many.
-        """
-        if num_in_work < self._always:
-            return
-        now_s = self._clock()
-        fading = math.exp((self._learned_s - now_s) / MEMORY_S)
-        self._seconds, self._images = self._seconds * fading + seconds, self._images * fading + num_in_work
-        self._learned_s = now_s
+        """A request that came when so many images were in work, its own among them, was answered after so long."""
+        self._all.add(num_in_work, seconds)
+        if num_in_work >= self._always:
+            self._full.add(num_in_work, seconds)
 
     def expected_s(self, num_images: int) -> float:
         """How long it takes now until so many are answered, in the order in which they come; 0 if that is not known, as
-        where nobody was answered in the longest time that a request may take."""
-        is_known = self._images and self._clock() - self._learned_s <= max(MEMORY_S, self._max_latency_s)
-        return num_images * self._seconds / self._images if is_known else 0.0
+        where nobody was answered in the longest time that a request may take.
+
+        Requests that came to models with little to do say too much, since there a few images take as long as many: they
+        count only where there are no others.
+        """
+        return num_images * (self._full.cost_s or self._all.cost_s or 0.0)
 
     def leave(self) -> None:
         """Say that the server is about to end, so that load balancers turn away; who comes is answered as before."""
