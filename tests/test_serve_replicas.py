@@ -156,6 +156,17 @@ def test_replicas_that_have_come_are_asked_as_much_as_the_others() -> None:
     asyncio.run(main())
 
 
+def test_replicas_that_took_the_place_of_dead_ones_are_not_counted_besides() -> None:
+    async def main() -> None:
+        backend = backend_of(handle)
+        for number in range(5):
+            await caption(backend, number)
+        assert backend.num_replicas == 2
+
+    handle = Handle(*[model("a")] * 5)
+    asyncio.run(main())
+
+
 def test_a_call_waits_to_be_filled_where_it_is_told_to() -> None:
     async def main() -> None:
         backend = backend_of(handle, ServeConfig(batch_size=2, max_images=2, batch_wait_ms=1e6))

@@ -125,7 +125,8 @@ class ReplicaBackend:
     async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
         """See `Backend.caption`."""
         jobs = [_Job(pixels_HWC, options) for pixels_HWC in pixels_BHWC]
-        asked = [asyncio.ensure_future(self._batcher(preprocessing).submit(job)) for job in jobs]
+        batcher = self._batcher(preprocessing)
+        asked = [asyncio.ensure_future(batcher.submit(job)) for job in jobs]
         try:
             found = await asyncio.gather(*asked)
             if len({each.answer.model_id for each in found}) == 1:
@@ -141,8 +142,8 @@ class ReplicaBackend:
 
     @property
     def num_replicas(self) -> int:
-        """As many as there are at least, or as have answered of late."""
-        return max(self._config.num_replicas, len(self._answered_s))
+        """As many as there are at least, or as have answered of late: some of these may have died."""
+        return min(max(self._config.num_replicas, len(self._answered_s)), self._config.calls.max_replicas)
 
     def _batcher(self, preprocessing: Preprocessing) -> Batcher[_Job, Result]:
         calls = self._config.calls
@@ -160,11 +161,11 @@ class ReplicaBackend:
     async def _ask(self, preprocessing: Preprocessing, jobs: Sequence[_Job]) -> list[Result]:
         pixels_BHWC = np.stack([job.pixels_HWC for job in jobs])
         response = self._handle.caption.remote(pixels_BHWC, preprocessing, [job.options for job in jobs])
-        replica, results = await self._answer(response)
+        answer: tuple[str, list[Result]] = await self._answer(response)
+        replica, results = answer
         now_s = self._answered_s[replica] = self._clock()
         self._answered_s = {name: at_s for name, at_s in self._answered_s.items() if now_s - at_s <= REPLICA_S}
-        answers: list[Result] = results
-        return answers
+        return results
 
     async def _answer(self, response: Any) -> Any:
         try:
