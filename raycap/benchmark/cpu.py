@@ -30,9 +30,10 @@ class CpuClock:
     """Looks at the processes now and then, as a context manager. Time between two looks counts for what the process
     called itself at the second."""
 
-    def __init__(self, kinds: Mapping[str, str], other: str) -> None:
-        """`kinds`: texts that titles may hold, and what such processes are counted as; all others are `other`."""
-        self.kinds, self.other = kinds, other
+    def __init__(self, kinds: Mapping[str, str], other: str, *, every_s: float = EVERY_S) -> None:
+        """`kinds`: texts that titles may hold, and what such processes are counted as; all others are `other`.
+        `every_s`: seconds between two looks; there is one at the start and one at the end, too."""
+        self.kinds, self.other, self.every_s = kinds, other, every_s
         self._times: list[float] = []
         self._seconds: list[dict[str, float]] = []
         self._total: defaultdict[str, float] = defaultdict(float)
@@ -68,7 +69,7 @@ class CpuClock:
         }
 
     def _run(self) -> None:
-        while not self._stop.wait(EVERY_S):
+        while not self._stop.wait(self.every_s):
             self._look()
 
     def _look(self) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from statistics import mean, median
@@ -20,7 +20,7 @@ import numpy as np
 
 from raycap.benchmark.bulk import steady
 from raycap.benchmark.config import BenchmarkConfig
-from raycap.benchmark.cpu import CpuClock, processes_under
+from raycap.benchmark.cpu import CpuClock
 from raycap.benchmark.load import Answers, closed_loop, open_loop
 from raycap.benchmark.timing import Measure, Sample
 from raycap.errors import ConfigurationError, RaycapError
@@ -49,66 +49,11 @@ def serve_measures(
 ) -> list[Measure]:
     """The endpoint at saturation against a tight loop, and one request against one direct call, by turns, since a
     machine's speed changes within minutes; each round adds to `loads` what came of each of `SHARES`."""
-    batch_size = config.batch_size
-    found: dict[str, Sample] = {}
-
-    def loop() -> Sample:
-        """The tight loop, for half as long as the load that it stands beside."""
-        num_images, start_s, cpu_start_s = 0, time.perf_counter(), time.process_time()
-        while time.perf_counter() - start_s < config.serve_s / 2:
-            batch = [files[number % len(files)] for number in range(num_images, num_images + batch_size)]
-            captioner.caption([captioner.prepare(data) for data in batch])
-            num_images += batch_size
-        cpu_s, elapsed_s = time.process_time() - cpu_start_s, time.perf_counter() - start_s
-        return Sample(images_per_s=num_images / elapsed_s, core_ms=1000 * cpu_s / num_images)
-
-    def direct() -> list[float]:
-        """Seconds of calls one after another."""
-        seconds = []
-        for number in range(NUM_SINGLE // 2):
-            start_s = time.perf_counter()
-            captioner.caption([captioner.prepare(files[number % len(files)])])
-            seconds.append(time.perf_counter() - start_s)
-        return seconds
-
-    def serve() -> Sample:
-        latency_s = min(DEADLINE_S, _max_queue(config) / (EXPECTED_RATIO * loop().images_per_s))
-        with _endpoint(config, latency_s) as address, ProcessPoolExecutor(1, _MULTIPROCESSING) as pool:
-
-            def ask(load: Callable[..., Answers], **how: Any) -> Answers:
-                return pool.submit(load, address, files, **how).result()
-
-            senders = 2 * batch_size  # a batch in work, and the next one waiting
-            ask(closed_loop, num_senders=senders, seconds=WARM_UP_S)
-            calls_s = direct()
-            one = ask(closed_loop, num_senders=1, seconds=START_S, max_requests=NUM_SINGLE)
-            if not one.latencies_s:
-                raise ConfigurationError(f"the endpoint gave no captions; its last answer: {one.last_refusal}")
-            calls_s += direct()
-            found["single"] = Sample(images_per_s=1 / median(one.latencies_s), core_ms=None)
-            found["direct"] = Sample(images_per_s=1 / median(calls_s), core_ms=None)
-            turns = [loop()]
-            used = _CpuTime()
-            most = ask(closed_loop, num_senders=senders, seconds=config.serve_s)
-            core_ms = used.core_ms_for(len(most.done_s))
-            turns.append(loop())
-            rate = saturation(most.done_s, config)
-            several = ask(
-                closed_loop, num_senders=max(1, senders // NUM_SEVERAL), seconds=config.serve_s, num_images=NUM_SEVERAL
-            )
-            found["several"] = Sample(images_per_s=saturation(several.done_s, config), core_ms=None)
-            found["loop"] = Sample(
-                images_per_s=mean(turn.images_per_s for turn in turns),
-                core_ms=mean(turn.core_ms or 0.0 for turn in turns),
-            )
-            answers = [(share, ask(open_loop, rate=share * rate, seconds=config.serve_s)) for share in SHARES]
-            loads.append([summary(each, share=share, rate=rate, bound_s=latency_s) for share, each in answers])
-        return Sample(images_per_s=rate, core_ms=core_ms)
-
+    round_ = _Round(config, captioner, files, loads)
     return [
-        Measure(name="serve", title="endpoint at saturation", run=serve),
+        Measure(name="serve", title="endpoint at saturation", run=round_.run),
         *(
-            Measure(name=f"serve_{name}", title=title, run=partial(found.__getitem__, name))
+            Measure(name=f"serve_{name}", title=title, run=partial(round_.found.__getitem__, name))
             for name, title in (
                 ("loop", "tight loop beside the endpoint, before and after"),
                 ("several", f"endpoint at saturation, {NUM_SEVERAL} images a request"),
@@ -119,22 +64,83 @@ def serve_measures(
     ]
 
 
-class _CpuTime:
-    """Of this process and all that it started, from now on."""
+class _Round:
+    """One endpoint, all loads on it, and what they are compared with."""
 
-    def __init__(self) -> None:
-        self._before = self._now()
+    def __init__(
+        self,
+        config: BenchmarkConfig,
+        captioner: Captioner,
+        files: Sequence[bytes],
+        loads: list[list[dict[str, Any]]],
+    ) -> None:
+        self.config, self.captioner, self.files, self.loads = config, captioner, files, loads
+        self.found: dict[str, Sample] = {}
+        """What else than saturation was measured last."""
 
-    def core_ms_for(self, num_images: int) -> float | None:
-        """For each of so many images; None where this system does not tell."""
-        if not CpuClock.is_available():
-            return None
-        used_s = sum(seconds - self._before.get(pid, 0.0) for pid, seconds in self._now().items())
-        return 1000 * used_s / max(1, num_images)
+    def run(self) -> Sample:
+        """Saturation."""
+        config = self.config
+        latency_s = min(DEADLINE_S, _max_queue(config) / (EXPECTED_RATIO * self._loop().images_per_s))
+        with _endpoint(config, latency_s) as address, ProcessPoolExecutor(1, _MULTIPROCESSING) as pool:
 
-    @staticmethod
-    def _now() -> dict[int, float]:
-        return {pid: process.cpu_s for pid, process in processes_under(os.getpid()).items()}
+            def ask(load: Callable[..., Answers], **how: Any) -> Answers:
+                return pool.submit(load, address, self.files, **how).result()
+
+            saturate = partial(ask, closed_loop, seconds=config.serve_s)
+            senders = 2 * config.batch_size  # a batch in work, and the next one waiting
+            ask(closed_loop, num_senders=senders, seconds=WARM_UP_S)
+            self._compare_singles(ask)
+            most = self._compare_saturation(partial(saturate, num_senders=senders))
+            several = saturate(num_senders=max(1, senders // NUM_SEVERAL), num_images=NUM_SEVERAL)
+            self.found["several"] = Sample(images_per_s=saturation(several.done_s, config), core_ms=None)
+            rate = most.images_per_s
+            answers = [(share, ask(open_loop, rate=share * rate, seconds=config.serve_s)) for share in SHARES]
+            self.loads.append([summary(each, share=share, rate=rate, bound_s=latency_s) for share, each in answers])
+        return most
+
+    def _compare_singles(self, ask: Callable[..., Answers]) -> None:
+        calls_s = self._direct()
+        one = ask(closed_loop, num_senders=1, seconds=START_S, max_requests=NUM_SINGLE)
+        if not one.latencies_s:
+            raise ConfigurationError(f"the endpoint gave no captions; its last answer: {one.last_refusal}")
+        calls_s += self._direct()
+        self.found["single"] = Sample(images_per_s=1 / median(one.latencies_s), core_ms=None)
+        self.found["direct"] = Sample(images_per_s=1 / median(calls_s), core_ms=None)
+
+    def _compare_saturation(self, saturate: Callable[[], Answers]) -> Sample:
+        before = self._loop()
+        # Of this process, which waits, and all that it started; looked at before and after alone, for it costs time.
+        clock = CpuClock({}, other="all", every_s=START_S) if CpuClock.is_available() else None
+        with clock or nullcontext():
+            most = saturate()
+        after = self._loop()
+        core_ms = 1000 * clock.between(0.0, math.inf)["all"] / max(1, len(most.done_s)) if clock else None
+        self.found["loop"] = Sample(
+            images_per_s=(before.images_per_s + after.images_per_s) / 2,
+            core_ms=mean(each.core_ms for each in (before, after) if each.core_ms is not None),
+        )
+        return Sample(images_per_s=saturation(most.done_s, self.config), core_ms=core_ms)
+
+    def _loop(self) -> Sample:
+        """The tight loop, for half as long as the load that it stands beside."""
+        num_images, batch_size = 0, self.config.batch_size
+        start_s, cpu_start_s = time.perf_counter(), time.process_time()
+        while time.perf_counter() - start_s < self.config.serve_s / 2:
+            batch = [self.files[number % len(self.files)] for number in range(num_images, num_images + batch_size)]
+            self.captioner.caption([self.captioner.prepare(data) for data in batch])
+            num_images += batch_size
+        cpu_s, elapsed_s = time.process_time() - cpu_start_s, time.perf_counter() - start_s
+        return Sample(images_per_s=num_images / elapsed_s, core_ms=1000 * cpu_s / num_images)
+
+    def _direct(self) -> list[float]:
+        """Seconds of calls one after another."""
+        seconds = []
+        for number in range(NUM_SINGLE // 2):
+            start_s = time.perf_counter()
+            self.captioner.caption([self.captioner.prepare(self.files[number % len(self.files)])])
+            seconds.append(time.perf_counter() - start_s)
+        return seconds
 
 
 def saturation(done_s: Sequence[float], config: BenchmarkConfig) -> float:

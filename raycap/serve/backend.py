@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,6 +30,13 @@ class ModelChangedError(Exception):
         super().__init__(info)
         self.info = info
         """Of the model that refused. (Ray's twin of this error has it too, but other `args`.)"""
+
+
+class Job(NamedTuple):
+    """One image to caption, and how."""
+
+    pixels_HWC: Array
+    options: Options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from raycap.images import Preprocessing
 from raycap.model.captioner import Captioner
 from raycap.model.sampling import sample
 from raycap.model.vocabulary import BOS, PAD
-from raycap.serve.backend import Array, ModelChangedError, ModelInfo, Result
+from raycap.serve.backend import Array, Job, ModelChangedError, ModelInfo, Result
 from raycap.serve.batching import Batcher
 from raycap.serve.schemas import Options
 
@@ -81,11 +81,6 @@ def _log_prob(decoder: Any, features: Any, tokens_RT: Tensor) -> Tensor:
     return log_prob_R
 
 
-class _Job(NamedTuple):
-    pixels_HWC: Array
-    options: Options
-
-
 _Found = tuple[Texts, Array | None]
 """Captions of one image, and where the model looked."""
 
@@ -125,7 +120,7 @@ class ServedModel:
         """As `caption`, with each image's own options."""
         if preprocessing != self._captioner.preprocessing:
             raise ModelChangedError(await self.info())
-        found = await asyncio.gather(*map(self._batcher.submit, map(_Job, pixels_BHWC, options)))
+        found = await asyncio.gather(*map(self._batcher.submit, map(Job, pixels_BHWC, options)))
         return [
             Result(
                 captions=texts,
@@ -148,7 +143,7 @@ class ServedModel:
         await self._batcher.close()
         self._thread.shutdown()
 
-    async def _run(self, jobs: Sequence[_Job]) -> list[_Found]:
+    async def _run(self, jobs: Sequence[Job]) -> list[_Found]:
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._answers, jobs)
         try:
             return await asyncio.shield(running)
@@ -157,7 +152,7 @@ class ServedModel:
                 await running  # nothing stops PyTorch: until then there is no room for another batch
             raise
 
-    def _answers(self, jobs: Sequence[_Job]) -> list[_Found]:
+    def _answers(self, jobs: Sequence[Job]) -> list[_Found]:
         """Each job's captions and attention. Equal options are searched for together."""
         found: list[_Found] = [((), None)] * len(jobs)
         groups: dict[Options, list[int]] = defaultdict(list)

@@ -39,6 +39,13 @@ class Images:
         env = self.server.env() | self.cluster.env | {"AWS_ENDPOINT_URL_S3": proxy.endpoint_url}
         return start(*arguments, "--ray-address", self.cluster.address, "--read-timeout-s", "3", *options, env=env)
 
+    def lose_endpoint(self, start: Callable[..., Command], proxy: FaultyS3, output: Path, *options: str) -> Command:
+        """Start it, and take the proxy away when it has asked for a quarter of them."""
+        command = self.caption(start, proxy, output, *options)
+        wait_until(lambda: self.num_gets(proxy) >= NUM_OBJECTS // 4, "a quarter of the images")
+        proxy.down()
+        return command
+
     def num_gets(self, proxy: FaultyS3) -> int:
         """Requests for images that came to the proxy."""
         return sum(proxy.gets(f"/{self.bucket}/images/"))
@@ -94,9 +101,7 @@ def test_endpoint_down_for_a_while_is_survived(
 ) -> None:
     output, started = tmp_path / "out", datetime.now(UTC)
     with FaultyS3(images.server.endpoint_url, faults=Faults()) as proxy:
-        command = images.caption(start, proxy, output)
-        wait_until(lambda: images.num_gets(proxy) >= NUM_OBJECTS // 4, "a quarter of the images")
-        proxy.down()
+        command = images.lose_endpoint(start, proxy, output)
         time.sleep(OUTAGE_S)
         assert not command.has_ended()
         proxy.up()
@@ -110,9 +115,7 @@ def test_endpoint_down_for_good_is_one_message_and_the_run_goes_on_later(
 ) -> None:
     output, started = tmp_path / "out", datetime.now(UTC)
     with FaultyS3(images.server.endpoint_url, faults=Faults()) as proxy:
-        command = images.caption(start, proxy, output, "--max-outage-s", "5")
-        wait_until(lambda: images.num_gets(proxy) >= NUM_OBJECTS // 4, "a quarter of the images")
-        proxy.down()
+        command = images.lose_endpoint(start, proxy, output, "--max-outage-s", "5")
         code, out, err = command.finish()
         assert code == cli.EXIT_USAGE
         assert out == ""
@@ -131,9 +134,7 @@ def test_run_in_which_nothing_happens_ends_and_goes_on_later(
 ) -> None:
     output, started = tmp_path / "out", datetime.now(UTC)
     with FaultyS3(images.server.endpoint_url, faults=Faults()) as proxy:
-        command = images.caption(start, proxy, output, "--max-stall-s", "40")
-        wait_until(lambda: images.num_gets(proxy) >= NUM_OBJECTS // 4, "a quarter of the images")
-        proxy.down()
+        command = images.lose_endpoint(start, proxy, output, "--max-stall-s", "40")
         code, _, err = command.finish()
         assert code == cli.EXIT_OTHER
         assert "Traceback" not in err, err

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from grpc.aio import AioRpcError
@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from raycap.images import Preprocessing
 from raycap.serve.access import log_to_stderr
 from raycap.serve.api import create_app
-from raycap.serve.backend import Array, ModelChangedError, ModelInfo, Result
+from raycap.serve.backend import Array, Job, ModelChangedError, ModelInfo, Result
 from raycap.serve.batching import Batcher
 from raycap.serve.config import ServeConfig
 from raycap.serve.health import caption_sample
@@ -95,11 +95,6 @@ class ModelReplica:
         return self._name, await self._model.caption_each(pixels_BHWC, preprocessing, options)
 
 
-class _Job(NamedTuple):
-    pixels_HWC: Array
-    options: Options
-
-
 class ReplicaBackend:
     """A `Backend` behind a handle: whichever replica of the model has the least to do.
 
@@ -111,8 +106,9 @@ class ReplicaBackend:
     ) -> None:
         self._handle = handle
         self._config = config
+        self._calls = config.calls
         self._clock = clock
-        self._batchers: dict[Preprocessing, Batcher[_Job, Result]] = {}
+        self._batchers: dict[Preprocessing, Batcher[Job, Result]] = {}
         """By what was prepared for which bundle: several while one takes another's place."""
         self._answered_s: dict[str, float] = {}
         """When each replica answered last."""
@@ -124,7 +120,7 @@ class ReplicaBackend:
 
     async def caption(self, pixels_BHWC: Array, preprocessing: Preprocessing, options: Options) -> list[Result]:
         """See `Backend.caption`."""
-        jobs = [_Job(pixels_HWC, options) for pixels_HWC in pixels_BHWC]
+        jobs = [Job(pixels_HWC, options) for pixels_HWC in pixels_BHWC]
         batcher = self._batcher(preprocessing)
         asked = [asyncio.ensure_future(batcher.submit(job)) for job in jobs]
         try:
@@ -143,22 +139,21 @@ class ReplicaBackend:
     @property
     def num_replicas(self) -> int:
         """As many as there are at least, or as have answered of late: some of these may have died."""
-        return min(max(self._config.num_replicas, len(self._answered_s)), self._config.calls.max_replicas)
+        return min(max(self._config.num_replicas, len(self._answered_s)), self._calls.max_replicas)
 
-    def _batcher(self, preprocessing: Preprocessing) -> Batcher[_Job, Result]:
-        calls = self._config.calls
+    def _batcher(self, preprocessing: Preprocessing) -> Batcher[Job, Result]:
         if preprocessing not in self._batchers:
             self._batchers[preprocessing] = Batcher(
                 partial(self._ask, preprocessing),
                 max_size=self._config.batch_size,
                 wait_s=self._config.batch_wait_ms / 1000,
-                max_running=calls.max_running,
+                max_running=self._calls.max_running,
             )
         batcher = self._batchers[preprocessing]
-        batcher.max_partial, batcher.num_shares = calls.max_partial(self.num_replicas), self.num_replicas
+        batcher.max_partial, batcher.num_shares = self._calls.max_partial(self.num_replicas), self.num_replicas
         return batcher
 
-    async def _ask(self, preprocessing: Preprocessing, jobs: Sequence[_Job]) -> list[Result]:
+    async def _ask(self, preprocessing: Preprocessing, jobs: Sequence[Job]) -> list[Result]:
         pixels_BHWC = np.stack([job.pixels_HWC for job in jobs])
         response = self._handle.caption.remote(pixels_BHWC, preprocessing, [job.options for job in jobs])
         answer: tuple[str, list[Result]] = await self._answer(response)
