@@ -57,6 +57,19 @@ def answering(status: int, body: bytes, *headers: tuple[bytes, bytes]) -> Proxy:
     )
 
 
+async def exchange(app: ASGIApp, receive: Receive, **headers: str) -> list[Message]:
+    """What is sent to a client from which `receive` reads."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": raw}
+    await Front(app, max_body_bytes=10 * front.BODY_AT_ONCE)(scope, receive, send)
+    return sent
+
+
 def ask(app: ASGIApp, path: str = "/v1/caption", **request: Any) -> httpx.Response:
     async def main() -> httpx.Response:
         transport = httpx.ASGITransport(Front(app, max_body_bytes=MAX_BODY))
@@ -93,21 +106,11 @@ def test_what_the_proxy_says_itself_may_be_asked_again(
 
 
 def test_a_client_that_goes_has_no_answer_and_no_line(caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> list[Message]:
-        sent: list[Message] = []
-
-        async def receive() -> Message:
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": []}
-        await Front(Proxy(), max_body_bytes=MAX_BODY)(scope, receive, send)
-        return sent
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
 
     caplog.set_level("INFO", "raycap.serve.access")
-    assert asyncio.run(main()) == []
+    assert asyncio.run(exchange(Proxy(), receive)) == []
     assert caplog.records == []
 
 
@@ -199,10 +202,10 @@ def test_a_body_that_is_there_goes_with_the_request() -> None:
 @pytest.mark.parametrize(
     ("headers", "parts"),
     [
-        ({"content-length": "5", "expect": "100-continue"}, [b"12345"]),
-        ({"content-length": str(front.BODY_AT_ONCE + 1)}, [b"x" * (front.BODY_AT_ONCE + 1)]),
-        ({"content-length": "5"}, [b"12", b"345"]),  # the rest comes when the proxy has the first part
-        ({"transfer-encoding": "chunked"}, [b"12345"]),
+        ({"content_length": "5", "expect": "100-continue"}, [b"12345"]),
+        ({"content_length": str(front.BODY_AT_ONCE + 1)}, [b"x" * (front.BODY_AT_ONCE + 1)]),
+        ({"content_length": "5"}, [b"12", b"345"]),  # the rest comes when the proxy has the first part
+        ({"transfer_encoding": "chunked"}, [b"12345"]),
     ],
 )
 def test_others_pass_as_they_come(headers: dict[str, str], parts: list[bytes]) -> None:
@@ -224,14 +227,7 @@ def test_others_pass_as_they_come(headers: dict[str, str], parts: list[bytes]) -
             assert [message["body"] for message in found] == parts
             await answering(200, b"").answer_with(send)
 
-        sent: list[Message] = []
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": raw}
-        await Front(app, max_body_bytes=10 * front.BODY_AT_ONCE)(scope, receive, send)
+        sent = await exchange(app, receive, **headers)
         assert sent[0]["status"] == 200
 
     asyncio.run(main())
@@ -246,6 +242,51 @@ def test_of_larger_ones_the_ingress_sees_no_more_than_it_needs_to_refuse(
     assert problem(ask(proxy, content=body), 413)["code"] == "body_too_large"
     assert proxy.received[-1]["type"] == "http.disconnect"
     assert proxy.num_bytes == num_passed
+
+
+REFUSAL = answering(401, b"who?")
+
+
+async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    await REFUSAL.answer_with(send)
+
+
+@pytest.mark.parametrize("num_parts", [3, 1_000_000])
+def test_an_early_answer_ends_with_the_body_or_after_a_while(num_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "LINGER_S", 0.1)
+    left = num_parts
+
+    async def receive() -> Message:
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": b"12345", "more_body": left > 0}
+
+    sent = asyncio.run(exchange(refuse, receive, transfer_encoding="chunked"))
+    assert sent == [
+        REFUSAL.answer[0],
+        {"type": "http.response.body", "body": b"who?", "more_body": True},
+        {"type": "http.response.body", "body": b"", "more_body": False},
+    ]
+    assert (left == 0) is (num_parts == 3)
+
+
+def test_an_early_answer_waits_no_longer_for_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "LINGER_S", 0.1)
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    sent = asyncio.run(exchange(refuse, receive, content_length="5"))
+    assert [message.get("more_body") for message in sent] == [None, True, False]
+
+
+def test_who_waits_to_be_asked_for_a_body_is_not_asked_after_the_answer() -> None:
+    async def receive() -> Message:
+        raise AssertionError
+
+    sent = asyncio.run(exchange(refuse, receive, content_length="5", expect="100-continue"))
+    assert tuple(sent) == REFUSAL.answer
 
 
 def test_the_environment_says_how_to_put_it_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from raycap.serve import front
 from raycap.serve.access import route_of
 from raycap.serve.config import ServeConfig
 from raycap.serve.room import Room
@@ -79,7 +80,9 @@ def test_a_key_that_asks_too_often_must_wait(keys_file: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/caption", "/v2/models/default/infer", "/nowhere"])
-def test_a_body_that_says_it_is_too_large_is_not_read(path: str) -> None:
+def test_a_body_that_says_it_is_too_large_is_not_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "LINGER_S", 0.0)
+
     async def main() -> None:
         read = 0
 
@@ -96,7 +99,9 @@ def test_a_body_that_says_it_is_too_large_is_not_read(path: str) -> None:
     asyncio.run(main())
 
 
-def test_a_body_that_does_not_say_is_read_up_to_the_limit() -> None:
+def test_a_body_that_does_not_say_is_read_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "LINGER_S", 0.0)
+
     async def main() -> None:
         read = 0
 

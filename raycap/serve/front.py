@@ -50,6 +50,10 @@ AT_ONCE_S = 0.005
 """After a request's headers its body has so long to come at once."""
 REFUSAL_S = 5.0
 """So long the ingress has to refuse a body that is too large, with its own log and counters."""
+LINGER_S = 10.0
+"""So long the rest of a body is read, and thrown away, that was answered before it was all there. Bytes left unread
+when a connection is closed reset it, and the answer may be lost with it; hence the lingering close of web servers,
+https://nginx.org/en/docs/http/ngx_http_core_module.html#lingering_close."""
 _RAYS_OWN = {
     b"x_request_timeout_seconds",
     b"x_request_disconnect_disabled",
@@ -125,9 +129,12 @@ class _Exchange:
         length = content_length(headers)
         self.is_too_large = length > front.max_body_bytes
         # Who expects a 100 sends no body before it is asked for one.
-        self.may_read_ahead = 0 < length <= BODY_AT_ONCE and not self.is_too_large and "expect" not in headers
+        self.waits_to_be_asked = "expect" in headers
+        self.may_read_ahead = 0 < length <= BODY_AT_ONCE and not self.is_too_large and not self.waits_to_be_asked
         self.start_s = time.perf_counter()
         self.num_bytes = 0
+        self.is_read = length == 0 and "transfer-encoding" not in headers
+        """Whether all of the body has come."""
         self.ahead: deque[Message] = deque()
         """What was read before the proxy asked for it."""
         self.held: Message | None = None
@@ -136,6 +143,8 @@ class _Exchange:
         self.is_refused = False
         self.is_gone = False
         """Whether the client went."""
+        self.is_early = False
+        """Whether the answer came before the end of the body, and is all sent but for its end."""
 
     async def answer(self) -> None:
         if self.scope["path"].startswith("/-/"):
@@ -154,13 +163,15 @@ class _Exchange:
             problem = internal()
         if not (self.is_answered or self.is_gone):
             await self._refuse(problem)
+        if self.is_early:
+            await self._linger()
 
     async def _read_ahead(self) -> None:
         """Put a small body into the scope, if all of it is there."""
         with suppress(TimeoutError):
             async with asyncio.timeout(AT_ONCE_S):
                 while not self.ahead or self.ahead[-1].get("more_body", False):
-                    self.ahead.append(await self.receive())
+                    self.ahead.append(await self._read())
                 if self.ahead[-1]["type"] == "http.request":
                     self.scope[BODY] = b"".join(message["body"] for message in self.ahead)
                     self.num_bytes = len(self.scope[BODY])
@@ -170,12 +181,33 @@ class _Exchange:
         if self.is_too_large:
             await asyncio.sleep(REFUSAL_S)
             return {"type": "http.disconnect"}
-        message = self.ahead.popleft() if self.ahead else await self.receive()
-        self.is_gone = message["type"] == "http.disconnect"
+        message = self.ahead.popleft() if self.ahead else await self._read()
         self.num_bytes += len(message.get("body", b""))
         # What goes beyond the limit is passed on once: by that the ingress knows.
         self.is_too_large = self.num_bytes > self.front.max_body_bytes
         return message
+
+    async def _read(self) -> Message:
+        message = await self.receive()
+        self.is_gone = message["type"] == "http.disconnect"
+        self.is_read = not message.get("more_body", False)
+        # A sender that waits to be asked has been asked now.
+        self.waits_to_be_asked = False
+        return message
+
+    async def _linger(self) -> None:
+        """End an early answer when the body has ended, or after a while."""
+        end_s = time.perf_counter() + LINGER_S
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not self.is_read and time.perf_counter() < end_s:
+                    await self._read()
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_on(self, message: Message) -> None:
+        is_end = message["type"] == "http.response.body" and not message.get("more_body", False)
+        self.is_early = is_end and not (self.is_read or self.waits_to_be_asked)
+        await self.send({**message, "more_body": True} if self.is_early else message)
 
     async def _send(self, message: Message) -> None:
         if self.is_refused:
@@ -192,9 +224,9 @@ class _Exchange:
                 await self._refuse(problem)
                 return
             self.is_answered = True
-            await self.send(start)
+            await self._send_on(start)
         self.is_answered = True
-        await self.send(message)
+        await self._send_on(message)
 
     def _said_better(self, start: Message, text: bytes) -> ProblemError | None:
         """What the proxy says in plain text; None if another application said it."""
@@ -221,7 +253,7 @@ class _Exchange:
         )
         response = problem.response(self.id)
         response.headers["X-Request-ID"] = self.id
-        await response(self.scope, self.receive, self.send)
+        await response(self.scope, self.receive, self._send_on)
 
 
 def _is_text(start: Message) -> bool:
