@@ -91,6 +91,10 @@ _SNIFFED_BYTES: Final = 4096
 """How much of the start is searched for the signs above. An SVG may have a licence comment before its first tag."""
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in widths and heights of a picture."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
     """How a picture becomes the square the encoder sees. Saved in the model bundle's config."""
@@ -112,6 +116,15 @@ class Preprocessing:
             raise ConfigurationError(f'resize must be "squash", "crop" or "pad", not {self.resize!r}')
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ConfigurationError(f'interpolation must be "bilinear" or "bicubic", not {self.interpolation!r}')
+
+    def box(self, width: int, height: int) -> Box:
+        """Where the square lies over a picture of that size: one that was cropped within 0..1, one that was padded
+        reaches beyond."""
+        if self.resize == "squash":
+            return 0.0, 0.0, 1.0, 1.0
+        side = min(width, height) if self.resize == "crop" else max(width, height)
+        left, top = (1 - side / width) / 2, (1 - side / height) / 2
+        return left, top, 1 - left, 1 - top
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -307,6 +307,13 @@ class TestGeometry:
         assert self.line("pad", upright) == [RED, GREEN, BLUE]
         assert self.across("pad", upright) == [grey, grey, GREEN, GREEN, GREEN, grey, grey]
 
+    @pytest.mark.parametrize(("resize", "shown"), [("squash", (0, 1)), ("crop", (1 / 3, 2 / 3)), ("pad", (0, 1))])
+    def test_box_is_what_the_square_shows(self, resize: str, shown: tuple[float, float], upright: bool) -> None:
+        across = (-1, 2) if resize == "pad" else (0, 1)
+        (left, right), (top, bottom) = (across, shown) if upright else (shown, across)
+        box = Preprocessing(resize=resize).box(*((30, 90) if upright else (90, 30)))  # type: ignore[arg-type]
+        assert box == pytest.approx((left, top, right, bottom))
+
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (2, 3)])

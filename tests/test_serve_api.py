@@ -97,6 +97,19 @@ def test_every_form_has_options(ask: Ask) -> None:
     assert all(sum(map(sum, grid)) == pytest.approx(1, abs=1e-3) for grid in grids)
 
 
+def test_attention_says_what_of_the_picture_the_model_saw() -> None:
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        files = [("image", b"none"), ("image", picture()), ("image", picture())]  # 24 x 16 pixels
+        return await client.post("/v1/caption?attention=true", files=files)
+
+    crops = OnlineCaptioner(
+        replace(small_bundle(), preprocessing=Preprocessing(size_px=16, resize="crop")), device="cpu"
+    )
+    failed, *seen = asking(ask, captioner=crops).json()["results"]
+    assert failed["status"] == "failed"
+    assert [each["attention"]["box"] for each in seen] == [[0.1667, 0.0, 0.8333, 1.0]] * 2
+
+
 def test_options_of_the_body_go_before_those_of_the_query() -> None:
     async def ask(client: httpx.AsyncClient) -> httpx.Response:
         files = [("image", DOG)]

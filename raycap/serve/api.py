@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 import raycap
 from raycap.errors import ImageError
+from raycap.images import Box
 from raycap.model.vocabulary import tokenize
 from raycap.serve import page, v2
 from raycap.serve.backend import Array, Backend, Result
@@ -159,13 +160,17 @@ def _result(each: Result | ImageError) -> Captioned | Failed:
     if isinstance(each, ImageError):
         return Failed(code=each.code, detail=str(each))
     best, *others = (Alternative(caption=text, log_prob=lp, probability=math.exp(lp)) for text, lp in each.captions)
-    attention = None if each.attention_TRC is None else _attention(best.caption, each.attention_TRC)
+    attention = None if each.attention_TRC is None else _attention(best.caption, each.attention_TRC, each.box)
     return Captioned(**best.model_dump(), alternatives=others, attention=attention)
 
 
-def _attention(caption: str, attention_TRC: Array) -> Attention:
+def _attention(caption: str, attention_TRC: Array, box: Box) -> Attention:
     # 4 digits: a grid of 49 cells has weights of about 0.02, and a picture shows no more.
-    return Attention(words=tokenize(caption), weights=attention_TRC.round(4).astype(float).round(4).tolist())
+    return Attention(
+        words=tokenize(caption),
+        weights=attention_TRC.round(4).astype(float).round(4).tolist(),
+        box=[round(edge, 4) for edge in box],
+    )
 
 
 def _timings(answer: Answer, read_s: float, total_s: float) -> Timings:

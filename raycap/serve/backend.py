@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from raycap.images import Preprocessing
+from raycap.images import Box, Preprocessing
 from raycap.model.config import DecodingConfig
 from raycap.serve.schemas import Options
 
@@ -54,6 +54,8 @@ class Result:
     """Seconds that its batch took."""
     batch_size: int
     """Images of that batch."""
+    box: Box = (0.0, 0.0, 1.0, 1.0)
+    """What of the picture it saw; who decoded the picture says so."""
 
 
 class Backend(Protocol):

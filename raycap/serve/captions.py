@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -131,7 +131,11 @@ class Captions:
         if pixels:
             found = await self._backend(model).caption(np.stack(pixels), info.preprocessing, options)
         rest = iter(found)
-        return [each if isinstance(each, ImageError) else next(rest) for each in decoded]
+        box = info.preprocessing.box
+        return [
+            each if isinstance(each, ImageError) else replace(next(rest), box=box(each.width, each.height))
+            for each in decoded
+        ]
 
     async def _decode(self, images: Sequence[bytes], preprocessing: Preprocessing) -> list[DecodedImage | ImageError]:
         def decode(data: bytes) -> DecodedImage | ImageError:

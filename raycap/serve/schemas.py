@@ -137,7 +137,14 @@ class Attention(BaseModel):
 
     words: list[str]
     weights: list[list[list[float]]] = Field(
-        description="For each word a grid over the image, rows from the top, whose weights sum to 1."
+        description="For each word a grid over the box, rows from the top, whose weights sum to 1."
+    )
+    box: list[float] = Field(
+        default=[0.0, 0.0, 1.0, 1.0],
+        min_length=4,
+        max_length=4,
+        description="What the model saw of the image: left, top, right and bottom in widths and heights of it. Not all "
+        "of it if the model was trained with --resize crop; with --resize pad there is grey beyond 0 and 1.",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,30 @@ def test_words_show_where_the_model_looked(page: Any) -> None:
     assert canvas.size == one(page, ".picture img").size
     press(page, "\ue00c")  # Escape
     assert page.execute_script(shown) == ""
+
+
+SHADES = """
+const canvas = document.querySelector("canvas");
+const { data } = canvas.getContext("2d").getImageData(0, canvas.height / 2, canvas.width, 1);
+return [0.02, 0.5, 0.98].map((x) => data[4 * Math.round(x * canvas.width) + 3]);
+"""
+"""How dark the overlay is at the picture's left edge, in the middle, and at its right edge: 0 to 255."""
+
+
+def test_the_overlay_lies_over_what_the_model_saw(browser: Any) -> None:
+    bundle = Bundle.load()
+    crops = replace(bundle, preprocessing=replace(bundle.preprocessing, resize="crop"))
+    with running(ServeConfig(), OnlineCaptioner(crops, device="cpu")) as address:
+        page = opened(browser, address)
+        upload(page, DOG)
+        answered(page)
+        page.find_elements("css selector", ".caption button")[1].click()
+        picture = one(page, ".picture img").size
+        assert picture["width"] > 1.1 * picture["height"], "a part of it is cropped at both sides"
+        left, middle, right = page.execute_script(SHADES)
+        assert left == right == 217 > middle
+        page.execute_script("draw(document.querySelector('canvas'), [[1]], [0.25, -1, 0.75, 2])")
+        assert page.execute_script(SHADES) == [217, 0, 217]
 
 
 def test_several_photos_and_other_beams(page: Any) -> None:

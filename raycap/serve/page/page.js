@@ -3,6 +3,7 @@
 
 const $ = (selector, root = document) => root.querySelector(selector);
 const status = $("#status");
+const DARKEST = 0.85;
 
 function chosenOptions() {
   const query = new URLSearchParams({ attention: "true" });
@@ -114,7 +115,7 @@ function showWords(card, attention) {
     button.setAttribute("aria-pressed", "false");
     const on = () => {
       buttons.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
-      draw(canvas, attention.weights[index]);
+      draw(canvas, attention.weights[index], attention.box);
     };
     const off = () => {
       button.setAttribute("aria-pressed", "false");
@@ -133,14 +134,15 @@ function showWords(card, attention) {
   return buttons.length > 0;
 }
 
-// Dark where the weight is low, clear where it is high; the browser smooths the few cells over the picture.
-function draw(canvas, weights) {
+// Dark where the weight is low and where the model saw nothing, clear where it is high; the browser smooths the few cells
+// over their box, which is the whole picture unless the model crops or pads.
+function draw(canvas, weights, [left, top, right, bottom]) {
   const rows = weights.length;
   const columns = weights[0].length;
   const highest = Math.max(...weights.flat());
   const pixels = new ImageData(columns, rows);
   weights.flat().forEach((weight, cell) => {
-    pixels.data[4 * cell + 3] = 255 * 0.85 * (1 - weight / highest);
+    pixels.data[4 * cell + 3] = 255 * DARKEST * (1 - weight / highest);
   });
   const small = document.createElement("canvas");
   small.width = columns;
@@ -150,7 +152,11 @@ function draw(canvas, weights) {
   canvas.height = canvas.clientHeight || canvas.parentElement.clientHeight;
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.drawImage(small, 0, 0, canvas.width, canvas.height);
+  const seen = [left * canvas.width, top * canvas.height, (right - left) * canvas.width, (bottom - top) * canvas.height];
+  context.fillStyle = `rgb(0 0 0 / ${DARKEST})`;
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.clearRect(...seen);
+  context.drawImage(small, ...seen);
   canvas.hidden = false;
 }
 
