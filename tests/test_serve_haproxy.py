@@ -73,14 +73,21 @@ def write_config(folder: Path, *ingress_ports: int) -> tuple[Path, HAProxyConfig
 def proxy(folder: Path, *ingress_ports: int) -> Iterator[httpx.Client]:
     """A client of the program with such a configuration."""
     path, config = write_config(folder, *ingress_ports)
+    address = f"http://127.0.0.1:{config.frontend_port}"
+    with started([str(PROGRAM)], path, config), httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+@contextmanager
+def started(program: list[str], path: Path, config: HAProxyConfig) -> Iterator[None]:
+    """Let it run as Ray does."""
     process = subprocess.Popen(
-        [str(PROGRAM), "-db", "-f", str(path), "-dR"], preexec_fn=partial(end_with_parent, signal.SIGKILL)
+        [*program, "-db", "-f", str(path), "-dR"], preexec_fn=partial(end_with_parent, signal.SIGKILL)
     )
     try:
         wait_until(lambda: listens(config.frontend_port) or process.poll() is not None, "HAProxy")
         assert process.poll() is None
-        with httpx.Client(base_url=f"http://127.0.0.1:{config.frontend_port}", timeout=60) as client:
-            yield client
+        yield
     finally:
         process.kill()
         process.wait()
@@ -163,6 +170,17 @@ def test_what_anybody_may_read_or_command_is_where_the_endpoint_is(tmp_path: Pat
 
 def test_a_configuration_that_is_none_stays_as_it_is() -> None:
     assert haproxy.edited("global\n", "problem") == "global\n"
+
+
+@pytest.mark.parametrize(("sent", "status"), [(b"", b""), (b"GET / HTTP/1.1\r\nHost: here\r\n", b"HTTP/1.1 408 ")])
+def test_a_connection_without_a_request_ends(sent: bytes, status: bytes, ingress: int, tmp_path: Path) -> None:
+    path, config = write_config(tmp_path, ingress)
+    program = "from raycap.serve import haproxy; haproxy.HEADERS_S = 0.5; haproxy.main()"
+    with started([sys.executable, "-c", program], path, config):
+        with create_connection(("127.0.0.1", config.frontend_port), timeout=60) as connection:
+            connection.sendall(sent)
+            answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+        assert answer[: len(b"HTTP/1.1 408 ")] == status
 
 
 def test_it_ends_with_who_started_it(tmp_path: Path, ingress: int) -> None:
