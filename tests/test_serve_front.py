@@ -57,7 +57,7 @@ def answering(status: int, body: bytes, *headers: tuple[bytes, bytes]) -> Proxy:
     )
 
 
-async def exchange(app: ASGIApp, receive: Receive, **headers: str) -> list[Message]:
+async def exchange(app: ASGIApp, receive: Receive, path: str = "/v1/caption", **headers: str) -> list[Message]:
     """What is sent to a client from which `receive` reads."""
     sent: list[Message] = []
 
@@ -65,7 +65,7 @@ async def exchange(app: ASGIApp, receive: Receive, **headers: str) -> list[Messa
         sent.append(message)
 
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": raw}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": raw}
     await Front(app, max_body_bytes=10 * front.BODY_AT_ONCE)(scope, receive, send)
     return sent
 
@@ -244,30 +244,56 @@ def test_of_larger_ones_the_ingress_sees_no_more_than_it_needs_to_refuse(
     assert proxy.num_bytes == num_passed
 
 
-REFUSAL = answering(401, b"who?")
-
-
 async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    await REFUSAL.answer_with(send)
+    await answering(401, b"who?").answer_with(send)
 
 
-@pytest.mark.parametrize("num_parts", [3, 1_000_000])
-def test_an_early_answer_ends_with_the_body_or_after_a_while(num_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def refuse_while_reading(scope: Scope, receive: Receive, send: Send) -> None:
+    """As Ray does, which has its own task for what comes."""
+    reading = asyncio.ensure_future(receive())
+    await asyncio.sleep(0)
+    await refuse(scope, receive, send)
+    reading.cancel()
+
+
+async def say_nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """As Ray's proxy does when the ingress has died."""
+
+
+def ends_of(sent: list[Message]) -> list[bool]:
+    """Whether each message is the last one."""
+    return [message["type"] == "http.response.body" and not message.get("more_body", False) for message in sent]
+
+
+@pytest.mark.parametrize(
+    ("app", "path", "headers"),
+    [
+        (refuse, "/v1/caption", {"transfer_encoding": "chunked"}),
+        (refuse, "/v1/caption", {"content_length": str(2 * front.BODY_AT_ONCE)}),
+        (refuse_while_reading, "/v1/caption", {"transfer_encoding": "chunked", "expect": "100-continue"}),
+        (say_nothing, "/v1/caption", {"transfer_encoding": "chunked"}),
+        (say_nothing, "/-/routes", {"transfer_encoding": "chunked"}),
+    ],
+)
+@pytest.mark.parametrize("num_parts", [3, None])
+def test_an_early_answer_ends_with_the_body_or_after_a_while(
+    app: ASGIApp, path: str, headers: dict[str, str], num_parts: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(front, "LINGER_S", 0.1)
-    left = num_parts
+    num_read = 0
 
     async def receive() -> Message:
-        nonlocal left
-        left -= 1
-        return {"type": "http.request", "body": b"12345", "more_body": left > 0}
+        nonlocal num_read
+        await asyncio.sleep(0)
+        num_read += 1
+        return {"type": "http.request", "body": b"12345", "more_body": num_read != num_parts}
 
-    sent = asyncio.run(exchange(refuse, receive, transfer_encoding="chunked"))
-    assert sent == [
-        REFUSAL.answer[0],
-        {"type": "http.response.body", "body": b"who?", "more_body": True},
-        {"type": "http.response.body", "body": b"", "more_body": False},
-    ]
-    assert (left == 0) is (num_parts == 3)
+    sent = asyncio.run(exchange(app, receive, path, **headers))
+    assert (b"connection", b"close") in [(name.lower(), value) for name, value in sent[0]["headers"]]
+    assert ends_of(sent) == [False, False, True]
+    assert sent[1]["body"]
+    assert sent[2]["body"] == b""
+    assert num_read == num_parts or num_parts is None
 
 
 def test_an_early_answer_waits_no_longer_for_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,16 +303,35 @@ def test_an_early_answer_waits_no_longer_for_a_body_that_does_not_come(monkeypat
         await asyncio.Event().wait()
         raise AssertionError
 
-    sent = asyncio.run(exchange(refuse, receive, content_length="5"))
-    assert [message.get("more_body") for message in sent] == [None, True, False]
+    assert ends_of(asyncio.run(exchange(refuse, receive, content_length="5"))) == [False, False, True]
+
+
+def test_nor_for_a_client_that_goes() -> None:
+    num_read = 0
+
+    async def receive() -> Message:
+        nonlocal num_read
+        num_read += 1
+        return {"type": "http.disconnect"}
+
+    asyncio.run(exchange(refuse, receive, transfer_encoding="chunked"))
+    assert num_read == 1
 
 
 def test_who_waits_to_be_asked_for_a_body_is_not_asked_after_the_answer() -> None:
     async def receive() -> Message:
         raise AssertionError
 
-    sent = asyncio.run(exchange(refuse, receive, content_length="5", expect="100-continue"))
-    assert tuple(sent) == REFUSAL.answer
+    assert ends_of(asyncio.run(exchange(refuse, receive, content_length="5", expect="100-continue"))) == [False, True]
+
+
+def test_an_answer_to_a_whole_request_keeps_the_connection() -> None:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"12345", "more_body": False}
+
+    for headers in ({"content_length": "5"}, {}):
+        sent = asyncio.run(exchange(refuse, receive, **headers))
+        assert sent == list(answering(401, b"who?").answer)
 
 
 def test_the_environment_says_how_to_put_it_there(monkeypatch: pytest.MonkeyPatch) -> None:

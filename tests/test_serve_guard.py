@@ -57,6 +57,8 @@ def test_only_known_keys_pass(keys_file: Path) -> None:
                 problem(await client.get(path), 401)
             for path in ("/", "/healthz", "/openapi.json", "/v2/health/live", "/v2/health/ready"):
                 assert (await client.get(path)).status_code == 200
+            for path in ("/", "/healthz", "/v2/health/live", "/v2/health/ready"):  # as some load balancers ask
+                assert (await client.head(path)).status_code == 200
 
             stamp = keys_file.stat().st_mtime_ns
             keys_file.write_text("ana another-secret\n")

@@ -172,10 +172,18 @@ def test_a_configuration_that_is_none_stays_as_it_is() -> None:
     assert haproxy.edited("global\n", "problem") == "global\n"
 
 
-@pytest.mark.parametrize(("sent", "status"), [(b"", b""), (b"GET / HTTP/1.1\r\nHost: here\r\n", b"HTTP/1.1 408 ")])
-def test_a_connection_without_a_request_ends(sent: bytes, status: bytes, ingress: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"", b""),
+        (b"GET /200 HTTP/1.1\r\nHost: here\r\n", b"HTTP/1.1 408 "),
+        # answered without its body:
+        (b"GET /200 HTTP/1.1\r\nHost: here\r\nContent-Length: 5\r\n\r\n", b"HTTP/1.1 200 "),
+    ],
+)
+def test_a_connection_on_which_nothing_comes_ends(sent: bytes, status: bytes, ingress: int, tmp_path: Path) -> None:
     path, config = write_config(tmp_path, ingress)
-    program = "from raycap.serve import haproxy; haproxy.HEADERS_S = 0.5; haproxy.main()"
+    program = "from raycap.serve import haproxy; haproxy.HEADERS_S = haproxy.IDLE_S = 0.5; haproxy.main()"
     with started([sys.executable, "-c", program], path, config):
         with create_connection(("127.0.0.1", config.frontend_port), timeout=60) as connection:
             connection.sendall(sent)

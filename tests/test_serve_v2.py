@@ -117,6 +117,7 @@ def test_parameters_are_options() -> None:
         (in_json(["%"], [1]), {}, 422, "invalid_base64"),
         (in_json(["AAAA"], [1]), {}, 415, "not_an_image"),
         (in_json(["AAAA"] * 17, [17]), {}, 413, "too_many_images"),
+        (in_json(["AAAA"], [10**4000]), {}, 422, "invalid_request"),
         (in_json(["AAAA"], [1], outputs=[{"name": "text"}]), {}, 422, "invalid_request"),
         (in_json(["AAAA"], [1], outputs=[{"name": "caption"}] * 3), {}, 422, "invalid_request"),
         (in_json(["AAAA"], [1], parameters={"x": [0] * 20_000}), {}, 422, "invalid_request"),
@@ -129,6 +130,7 @@ def test_wrong_requests_are_told_what_is_wrong(
     found = problem(infer(content, **headers), status)
     assert found["code"] == code
     assert found["error"] == found["detail"], "where the protocol's clients look"
+    assert len(found["detail"]) < 500
 
 
 @pytest.mark.parametrize("tail", [b"\x01", b"\x01\0\0", b"\x05\0\0\0abcd", b"\xff\xff\xff\xff", b"\x01\0\0\0a\x09"])

@@ -98,6 +98,7 @@ def _routes(
     app.include_router(v2.router(captions, models), responses=PROBLEMS)
     app.include_router(page.router())
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["Health"])
     async def healthz() -> dict[str, str]:
         """Whether the server runs."""

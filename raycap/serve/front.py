@@ -149,7 +149,12 @@ class _Exchange:
     async def answer(self) -> None:
         if self.scope["path"].startswith("/-/"):
             await self._refuse(ProblemError(404, "not_found", "Not Found"))
-            return
+        else:
+            await self._pass_on()
+        if self.is_early:
+            await self._linger()
+
+    async def _pass_on(self) -> None:
         if self.may_read_ahead:
             await self._read_ahead()
         try:
@@ -163,8 +168,6 @@ class _Exchange:
             problem = internal()
         if not (self.is_answered or self.is_gone):
             await self._refuse(problem)
-        if self.is_early:
-            await self._linger()
 
     async def _read_ahead(self) -> None:
         """Put a small body into the scope, if all of it is there."""
@@ -188,15 +191,14 @@ class _Exchange:
         return message
 
     async def _read(self) -> Message:
+        self.waits_to_be_asked = False  # the server asks when it is asked
         message = await self.receive()
         self.is_gone = message["type"] == "http.disconnect"
         self.is_read = not message.get("more_body", False)
-        # A sender that waits to be asked has been asked now.
-        self.waits_to_be_asked = False
         return message
 
     async def _linger(self) -> None:
-        """End an early answer when the body has ended, or after a while."""
+        """End an early answer when the body has ended, or after a while. By that the server closes the connection."""
         end_s = time.perf_counter() + LINGER_S
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
@@ -205,9 +207,13 @@ class _Exchange:
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_on(self, message: Message) -> None:
-        is_end = message["type"] == "http.response.body" and not message.get("more_body", False)
-        self.is_early = is_end and not (self.is_read or self.waits_to_be_asked)
-        await self.send({**message, "more_body": True} if self.is_early else message)
+        if not self.is_read:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            elif not (message.get("more_body", False) or self.waits_to_be_asked):
+                self.is_early = True
+                message = {**message, "more_body": True}
+        await self.send(message)
 
     async def _send(self, message: Message) -> None:
         if self.is_refused:

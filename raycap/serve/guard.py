@@ -1,7 +1,7 @@
 """What every request passes before it is answered: id, key, rate, size, room and deadline; and its line in the log.
 
-Plain ASGI, outside of the application, so that no body is asked for before its sender is known; a small one may have
-come along, see front.py.
+Plain ASGI, outside of the application, so that no body is read before its sender is known, but for what may have come
+along: a small one, and what Ray has taken in meanwhile.
 """
 
 from __future__ import annotations

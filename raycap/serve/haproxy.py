@@ -32,6 +32,8 @@ DRAIN_S = 2.0
 balancers, which do not know ingresses, it need not stay: Ray's own 30 s are for those that do."""
 HEADERS_S = 30.0
 """The headers of a request have so long to come."""
+IDLE_S = 60.0
+"""The next part of a body has so long to come. The ingress' deadline is before that, if it has not answered yet."""
 _PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
 """Which Ray Serve opens besides; by default the same ones for all endpoints of a machine."""
 _FILES = {
@@ -83,8 +85,8 @@ def edited(text: str, problem_file: str) -> str:
     - Each request has a new connection to its ingress: when one dies that was used before, HAProxy says nothing at all.
     - Its statistics, which ask for no password, are at the address of the endpoint, not at all of the machine's; its
       socket for commands is its user's.
-    - A connection that says nothing, or whose request's headers take longer than `HEADERS_S`, ends. Ray would let it
-      stay for an hour, and HAProxy takes 4,096.
+    - A connection ends that says nothing, or whose request's headers take longer than `HEADERS_S`, or of which nothing
+      more comes for `IDLE_S`, though more of a body should. Ray would let it stay for an hour, and HAProxy takes 4,096.
     - `/-/routes` is the ingress's to refuse.
     """
     frontend = re.search(r"^frontend http_frontend\n +bind (\S+):\d+.*\n", text, re.MULTILINE)
@@ -93,6 +95,7 @@ def edited(text: str, problem_file: str) -> str:
     answer = f'content-type "{PROBLEM_JSON}" lf-file "{problem_file}" hdr Retry-After {RETRY_AFTER_S:g}'
     rules = f"""\
     timeout http-request {HEADERS_S * 1000:.0f}ms
+    timeout client {IDLE_S * 1000:.0f}ms
     option http-ignore-probes
     http-request set-var(txn.raycap_id) req.hdr(x-request-id)
     http-request set-var(txn.raycap_id) uuid() unless {{ var(txn.raycap_id) -m reg ^{REQUEST_ID}$ }}

@@ -82,7 +82,7 @@ class InputTensor(BaseModel):
     """A tensor of a request; without data, its bytes follow the JSON."""
 
     name: Literal["image"]
-    shape: list[int] = Field(min_length=1, max_length=2)
+    shape: list[Annotated[int, Field(lt=2**31)]] = Field(min_length=1, max_length=2)
     datatype: Literal["BYTES"]
     parameters: dict[str, Any] = {}
     data: list[Any] | None = None

@@ -47,10 +47,12 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
         if not await readiness[model].is_ready():
             raise unavailable()
 
+    @routes.head("/health/live", include_in_schema=False)
     @routes.get("/health/live")
     async def live() -> dict[str, bool]:
         return {"live": True}
 
+    @routes.head("/health/ready", include_in_schema=False)
     @routes.get("/health/ready")
     async def ready() -> dict[str, bool]:
         await asyncio.gather(*map(check_ready, captions.models))
