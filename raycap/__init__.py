@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from raycap.model.captioner import Alternative, Caption, Captioner
     from raycap.model.config import DecodingConfig
     from raycap.serve.client import AnswerError, AsyncClient, Client
+    from raycap.serve.schemas import Options
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOMES = {
     "Captioner": "raycap.model.captioner",
     "Client": "raycap.serve.client",
     "DecodingConfig": "raycap.model.config",
+    "Options": "raycap.serve.schemas",
 }
 
 __all__ = [
@@ -36,8 +38,13 @@ __all__ = [
     "Captioner",
     "Client",
     "DecodingConfig",
+    "Options",
     "__version__",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> object:

@@ -107,7 +107,9 @@ def _parse(argv: Sequence[str]) -> object:
         if not stop.code:
             sys.stdout.write(f"\n{_ABOUT_OPTIONS_FILE}\n")
             raise
-        raise ConfigurationError(_one_line(complaint.getvalue())) from None
+        has_file = any(word.partition("=")[0] == "--config" for word in argv)
+        where = " (on the command line or in the file of --config)" if has_file else ""
+        raise ConfigurationError(_one_line(complaint.getvalue()) + where) from None
 
 
 _ABOUT_OPTIONS_FILE = "Options may stand in a TOML file: --config FILE.toml. The command line wins."

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -205,6 +207,20 @@ def test_what_is_no_address_is_told_at_once(address: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(ConfigurationError, match="expected an address such as http://"):
             kind(address)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("dog.jpg", "cat.jpg"), TypeError, "several images are one list"),
+        (("dog.jpg", {"beam_size": 3}), TypeError, "expected raycap.Options, got dict"),
+        ((BytesIO(b"x"),), TypeError, "got BytesIO"),
+        (([],), ValueError, "one or more images"),
+    ],
+)
+def test_what_it_cannot_send_is_told_at_once(arguments: Any, error: type[Exception], message: str) -> None:
+    with Client() as client, pytest.raises(error, match=message):
+        client.caption(*arguments)
 
 
 def test_needs_neither_torch_nor_ray() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
 from raycap.errors import ConfigurationError
 from raycap.serve.config import DEFAULT_MODEL, ServeConfig
-from raycap.serve.resources import check_room, plan_resources
+from raycap.serve.resources import check_address, check_room, plan_resources
 
 CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
 
@@ -34,6 +35,8 @@ CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}
         ({"max_latency_s": 31}, "--max-latency-s must be at most --deadline-s, 30, got 31"),
         ({"max_body_mb": 0}, "--max-body-mb must be above 0"),
         ({"rate_limit": 5}, "give --keys-file too"),
+        ({"cors_origins": ("example.org",)}, "expected origins such as https://example.org"),
+        ({"cors_origins": ("https://example.org/",)}, "expected origins such as https://example.org"),
         ({"model": ("a=x", "a=y")}, "each name once"),
         ({"model": ("x", "y")}, "each name once"),
         ({"model": ("a=x", "b=y"), "canary": "b=0"}, "share above 0 and up to 1"),
@@ -104,6 +107,18 @@ def test_replicas_take_gpus_where_there_are_any() -> None:
     assert plan_resources(ServeConfig(device="cpu"), [GPU_NODE]).gpus == 0
     quarter = ServeConfig(gpus_per_replica=0.25, num_replicas=8)
     check_room(quarter, plan_resources(quarter, [GPU_NODE]), [GPU_NODE])
+
+
+def test_where_nobody_can_listen_is_told_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"--port {port}: another program listens there"):
+            check_address("127.0.0.1", port)
+    check_address("127.0.0.1", port)
+    with pytest.raises(ConfigurationError, match=r"nobody can listen at --host 203\.0\.113\.77"):
+        check_address("203.0.113.77", port)
+    with pytest.raises(ConfigurationError, match=r"--host no\.such\.host\.invalid"):
+        check_address("no.such.host.invalid", port)
 
 
 @pytest.mark.parametrize(

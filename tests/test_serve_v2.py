@@ -118,6 +118,8 @@ def test_parameters_are_options() -> None:
         (in_json(["AAAA"], [1]), {}, 415, "not_an_image"),
         (in_json(["AAAA"] * 17, [17]), {}, 413, "too_many_images"),
         (in_json(["AAAA"], [10**4000]), {}, 422, "invalid_request"),
+        (in_json(["AAAA"], [1], parameters={"beams": 5}), {}, 422, "invalid_request"),
+        (in_json(["AAAA"], [1], parameters={"alternatives": 5}), {}, 422, "invalid_request"),
         (in_json(["AAAA"], [1], outputs=[{"name": "text"}]), {}, 422, "invalid_request"),
         (in_json(["AAAA"], [1], outputs=[{"name": "caption"}] * 3), {}, 422, "invalid_request"),
         (in_json(["AAAA"], [1], parameters={"x": [0] * 20_000}), {}, 422, "invalid_request"),
@@ -144,6 +146,17 @@ def test_elements_beyond_the_shape_are_not_read() -> None:
     cut_off = bytes(8) + b"\x01"
     found = problem(infer(head + cut_off, **{JSON_LENGTH: str(len(head))}), 400)
     assert found["detail"] == "expected as many elements of image as its shape says"
+
+
+def test_parameters_that_clients_send_everywhere_are_let_pass() -> None:
+    given = {"beam_size": 2, "timeout": 1_000_000, "priority": 1, "sequence_id": 0}
+    assert infer(in_json([base64.b64encode(picture()).decode()], [1], parameters=given)).status_code == 200
+
+
+def test_names_the_models_as_triton_does() -> None:
+    assert asking("POST", "/v2/repository/index").json() == [
+        {"name": "default", "version": "1", "state": "READY", "reason": ""}
+    ]
 
 
 def test_the_version_may_be_named(wanted: list[tuple[str, float]]) -> None:

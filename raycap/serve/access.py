@@ -14,7 +14,7 @@ access_log = logging.getLogger("raycap.serve.access")
 
 OPEN_PATHS = PAGE_PATHS | {"/healthz", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
 """For these no key is asked."""
-KNOWN_PATHS = OPEN_PATHS | {"/metrics", "/v1/caption", "/v2"}
+KNOWN_PATHS = OPEN_PATHS | {"/metrics", "/v1/caption", "/v2", "/v2/repository/index"}
 _OF_A_MODEL = re.compile(r"/v2/models/[^/]+((/versions/1)?(/ready|/infer)?)")
 
 

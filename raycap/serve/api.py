@@ -83,6 +83,7 @@ def _routes(
         summary="Image captioning",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # such an answer has no problem, and names a scheme that may not be the balancer's
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
 

@@ -63,7 +63,12 @@ class _Exchange:
     """One request and its repetitions, without the network: what both clients share."""
 
     def __init__(self, images: Image | Sequence[Image], options: Options, max_attempts: int) -> None:
-        found = [_read(each) for each in ([images] if isinstance(images, bytes | str | PathLike) else images)]
+        if not isinstance(options, Options):
+            raise TypeError(f"expected raycap.Options, got {type(options).__name__}; several images are one list")
+        several = isinstance(images, Sequence) and not isinstance(images, bytes | str)
+        found = [_read(each) for each in (images if several else [images])]  # type: ignore[union-attr, arg-type]
+        if not found:
+            raise ValueError("expected one or more images, got none")
         self.id = uuid.uuid4().hex  # of all repetitions: a canary's share goes by it
         self.request: dict[str, Any] = {"headers": {"X-Request-ID": self.id}} | _body(found, options)
         self._attempts_left = max_attempts
@@ -102,7 +107,11 @@ class _Exchange:
 def _read(image: Image) -> bytes | ImageAddress:
     if isinstance(image, str) and image.startswith("https://"):
         return ImageAddress(url=image)
-    return image if isinstance(image, bytes) else Path(image).read_bytes()
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str | PathLike):
+        raise TypeError(f"expected an image file's path, bytes, or https:// address, got {type(image).__name__}")
+    return Path(image).read_bytes()
 
 
 def _body(images: Sequence[bytes | ImageAddress], options: Options) -> dict[str, Any]:
@@ -137,6 +146,7 @@ class Client:
 
     >>> with Client() as client:
     ...     print(client.caption("dog.jpg").results[0].caption)
+    ...     client.caption(["dog.jpg", "cat.jpg"], Options(beam_size=5, attention=True))
     """
 
     def __init__(
@@ -155,9 +165,10 @@ class Client:
         self._sleep = sleep
 
     def caption(self, images: Image | Sequence[Image], options: Options = _DEFAULTS) -> CaptionResponse:
-        """The captions of one image or several, in their order.
+        """The captions of one image, or of a list of several, in their order.
 
-        Raises AnswerError if the endpoint refuses, or still has no time after `max_attempts`.
+        Raises OSError for a file that cannot be read, and AnswerError if the endpoint refuses, or still has no time
+        after `max_attempts`.
         """
         exchange = _Exchange(images, options, self._max_attempts)
         while True:

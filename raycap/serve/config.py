@@ -92,6 +92,11 @@ class ServeConfig:
         for name in ("max_body_mb", "max_latency_s", "deadline_s", "rate_limit"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{_flag(name)} must be above 0, got {value}")
+        for origin in self.cors_origins:
+            require(
+                origin == "*" or re.fullmatch(r"https?://[^/\s]+", origin) is not None,
+                f"--cors-origins: expected origins such as https://example.org, got {origin}",
+            )
         require(1 <= self.port <= 65535, f"--port must be from 1 to 65535, got {self.port}")
         for name in ("batch_wait_ms", "drain_s"):
             value = getattr(self, name)

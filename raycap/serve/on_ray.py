@@ -36,7 +36,7 @@ from raycap.serve.config import ServeConfig
 from raycap.serve.keys import ApiKeys
 from raycap.serve.problems import RETRY_AFTER_S
 from raycap.serve.replicas.on_ray import SPARE_S, Ingress, ModelReplica
-from raycap.serve.resources import INGRESS_CPUS, Resources, check_room, plan_resources
+from raycap.serve.resources import INGRESS_CPUS, Resources, check_address, check_room, plan_resources
 from raycap.serve.urls import UrlFetcher
 
 log = logging.getLogger(__name__)
@@ -94,8 +94,10 @@ def serve(config: ServeConfig) -> int:
     # What is wrong is told here: from a replica it would come as a traceback.
     for location in config.bundles.values():
         Bundle.load(location, s3=config.s3)
-    if config.keys_file and cluster_address(config.ray_address) is None:  # whose nodes have files of their own
-        ApiKeys(config.keys_file)
+    if cluster_address(config.ray_address) is None:  # a cluster's nodes have files and ports of their own
+        if config.keys_file:
+            ApiKeys(config.keys_file)
+        check_address(config.host, config.port)
     _check_hosts(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connect(config.ray_address)

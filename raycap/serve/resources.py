@@ -1,7 +1,9 @@
-"""What each process of the endpoint gets of the cluster. Plain arithmetic: Ray is not imported."""
+"""What each process of the endpoint gets of the cluster, and of this machine. Plain arithmetic: Ray is not imported."""
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +33,8 @@ def plan_resources(config: ServeConfig, nodes: Sequence[dict[str, float]]) -> Re
         gpus = 1.0 if config.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
     if not gpus and (config.device == "cuda" or config.precision == "float16"):
         asked = "--device cuda" if config.device == "cuda" else "--precision float16"
+        if not any(node.get("GPU", 0) for node in nodes):
+            raise ConfigurationError(f"{asked} needs GPUs, but Ray knows of none here")
         raise ConfigurationError(f"{asked} needs GPUs, but the replicas get none; give --gpus-per-replica")
     cores = max((int(node.get("CPU", 0)) for node in nodes), default=1)
     if gpus:
@@ -53,3 +57,18 @@ def check_room(config: ServeConfig, resources: Resources, nodes: Sequence[dict[s
                 f"{wanted:g} {name}s, but the cluster has {there:g}; lower --num-replicas, --cpus-per-replica or "
                 "--gpus-per-replica"
             )
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ConfigurationError if nobody could listen there."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except socket.gaierror as error:
+        raise ConfigurationError(f"--host {host}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(
+                f"--port {port}: another program listens there; end it, or give another one"
+            ) from error
+        raise ConfigurationError(f"nobody can listen at --host {host}, --port {port}: {error.strerror}") from error

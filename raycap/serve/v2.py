@@ -33,6 +33,13 @@ INPUT = "image"
 OUTPUTS = {"caption": "BYTES", "log_prob": "FP32"}
 JSON_LENGTH = "Inference-Header-Content-Length"
 VERSION = "1"
+OPTIONS = Options.model_fields.keys() - {"model", "alternatives", "attention"}
+"""Which a request may have as parameters; the others' answers would have no place."""
+OF_CLIENTS = frozenset(
+    {"binary_data_output", "content_type", "headers", "priority", "sequence_id", "sequence_start", "sequence_end"}
+    | {"timeout"}
+)
+"""Parameters of the protocol, of Triton's clients and of MLServer's, which change no caption."""
 _MODEL = "/models/{model}"
 _MODEL_VERSION = f"{_MODEL}/versions/{VERSION}"
 """Clients may name the only version that there is; the document describes the routes without."""
@@ -61,6 +68,11 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
     @routes.get("")
     async def server() -> dict[str, Any]:
         return {"name": "raycap", "version": raycap.__version__, "extensions": ["binary_tensor_data"]}
+
+    @routes.post("/repository/index", include_in_schema=False)
+    async def index() -> list[dict[str, str]]:
+        """The models, as Triton's clients ask for them."""
+        return [{"name": name, "version": VERSION, "state": "READY", "reason": ""} for name in captions.models]
 
     @routes.get(_MODEL_VERSION, include_in_schema=False)
     @routes.get(_MODEL)
@@ -93,14 +105,25 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
             raise ProblemError(400, "invalid_tensor", f"expected {INPUT} of shape [N] or [N, 1]")
         admit(request, captions, num_images)
         images = _images(tensor, tail)
-        given = {name: value for name, value in asked.parameters.items() if name in Options.model_fields}
-        answer = await captions.caption(model, images, checked(Options, given))
+        answer = await captions.caption(model, images, _options(asked.parameters))
         for each in answer.results:
             if isinstance(each, ImageError):
                 raise image_problem(each) from each  # the protocol has no place for one image's error
         return _write(model, asked, answer)
 
     return routes
+
+
+def _options(parameters: Mapping[str, Any]) -> Options:
+    """Raises ProblemError for parameters that are none of ours, and none of those that clients send everywhere."""
+    wrong = sorted(parameters.keys() - OPTIONS - OF_CLIENTS)
+    if wrong:
+        raise ProblemError(
+            422,
+            "invalid_request",
+            f"{wrong[0][:64]!r} is no parameter here; expected some of {', '.join(sorted(OPTIONS))}",
+        )
+    return checked(Options, {name: value for name, value in parameters.items() if name in OPTIONS})
 
 
 def _split(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:

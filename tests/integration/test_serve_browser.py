@@ -216,6 +216,17 @@ def test_a_server_that_is_gone_is_said_and_asked_again(browser: Any, expected: C
     assert one(page, ".again").is_displayed()
 
 
+def test_a_file_that_is_no_image_is_named_beside_those_that_are(page: Any, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("not a picture")
+    upload(page, DOG, str(notes))
+    answered(page)
+    assert texts(page, "#status") == ["No image file: notes.txt"]
+    upload(page, DOG)
+    answered(page, 2)
+    assert texts(page, "#status") == [""]
+
+
 def test_a_key_is_asked_for(browser: Any, tmp_path: Path, expected: Callable[[str], str]) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"me {KEY}\n")

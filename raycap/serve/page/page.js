@@ -21,7 +21,8 @@ function headers() {
 
 function add(files) {
   const images = [...files].filter((file) => file.type.startsWith("image/") || !file.type);
-  status.textContent = images.length ? "" : "That is not an image file.";
+  const others = [...files].filter((file) => !images.includes(file));
+  status.textContent = others.length ? `No image file: ${others.map((file) => file.name).join(", ")}` : "";
   images.forEach((file) => caption(file, newCard(file)));
 }
 
