@@ -58,8 +58,15 @@ def test_a_line_now_and_then(clock: Clock, lines: pytest.LogCaptureFixture) -> N
             clock.now += 1
             progress.add(10)
         assert len(lines.messages) == 40 // int(LOG_EVERY_S)
-        assert lines.messages[0] == "captioned 150 of 10000 (2%), 0 failed, 10.0 images/s, 16m25s left"
-    assert lines.messages[-1] == "captioned 400 of 10000 (4%), 0 failed, 10.0 images/s, 16m00s left"
+        assert lines.messages[0] == "finished 150 of 10000 (2%), 0 failed, 10.0 images/s, 16m25s left"
+    assert lines.messages[-1] == "finished 400 of 10000 (4%), 0 failed, 10.0 images/s, 16m00s left"
+
+
+def test_a_line_is_not_said_again_at_the_end(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with started(10, 0) as progress:
+        clock.now += LOG_EVERY_S
+        progress.add(10)
+    assert lines.messages == ["finished 10 of 10 (100%), 0 failed"]
 
 
 def test_nothing_is_said_of_nothing(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
@@ -72,7 +79,7 @@ def test_last_line_is_written_when_the_run_fails_too(clock: Clock, lines: pytest
     with pytest.raises(ValueError, match="the run"), started(10, 2) as progress:
         progress.add(3, errors={"empty": 1})
         raise ValueError("the run failed")
-    assert lines.messages == ["captioned 5 of 10 (50%), 1 failed"]
+    assert lines.messages == ["finished 5 of 10 (50%), 1 failed"]
 
 
 def test_rows_that_were_done_twice_are_not_more_than_all(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
@@ -80,7 +87,7 @@ def test_rows_that_were_done_twice_are_not_more_than_all(clock: Clock, lines: py
         progress.add(8)
         clock.now += 2
         progress.add(8)  # a worker died, and another did its rows again
-    assert lines.messages == ["captioned 10 of 10 (100%), 0 failed, 4.0 images/s"]
+    assert lines.messages == ["finished 10 of 10 (100%), 0 failed, 4.0 images/s"]
 
 
 def test_batches_count_when_they_were_done_and_not_when_the_driver_hears_of_them(clock: Clock) -> None:

@@ -30,13 +30,15 @@ class RunProgress:
         self.last_at: float | None = None
         self._first_rows = 0
         self._last_line = time.monotonic()
+        self._told = 0
+        """How many were done at the last line."""
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def start(self, *, total: int, done: int) -> None:
         """`total` rows are to be captioned, of which `done` were finished by an earlier run."""
         self.state = "captioning"
-        self.total, self.done, self.done_before = total, done, done
+        self.total, self.done, self.done_before, self._told = total, done, done, done
 
     def list(self, num_listed: int) -> None:
         """So many objects are listed by now."""
@@ -73,7 +75,7 @@ class RunProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.done > self.done_before:
+        elif self.done > self._told:
             self._line()
 
     def add(self, rows: int, *, errors: dict[str, int] | None = None, at_s: float | None = None) -> None:
@@ -100,14 +102,13 @@ class RunProgress:
         return (self.done - self.done_before - self._first_rows) / (self.last_at - self.first_at)
 
     def _line(self) -> None:
+        self._told = self.done
         rate = self.images_per_s
         done = min(self.done, self.total)  # rows are counted again where a worker died and another did them again
         left = f", {duration_text((self.total - done) / rate)} left" if rate and done < self.total else ""
         speed = f", {rate:.1f} images/s" if rate else ""
         share = 100 * done / self.total
-        log.info(
-            "captioned %d of %d (%.0f%%), %d failed%s%s", done, self.total, share, self.errors.total(), speed, left
-        )
+        log.info("finished %d of %d (%.0f%%), %d failed%s%s", done, self.total, share, self.errors.total(), speed, left)
 
 
 def duration_text(seconds: float) -> str:
