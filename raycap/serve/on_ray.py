@@ -94,11 +94,11 @@ def serve(config: ServeConfig) -> int:
     # What is wrong is told here: from a replica it would come as a traceback.
     for location in config.bundles.values():
         Bundle.load(location, s3=config.s3)
+    _check_hosts(config)
     if cluster_address(config.ray_address) is None:  # a cluster's nodes have files and ports of their own
         if config.keys_file:
             ApiKeys(config.keys_file)
         check_address(config.host, config.port)
-    _check_hosts(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connect(config.ray_address)
     resources = plan_resources(config, _nodes())
