@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from raycap.model.captioner import Captioner
+from raycap.serve.health import Readiness
 from raycap.serve.v2 import JSON_LENGTH
 from tests.serving import picture, problem, serving
 from tests.small import small_bundle
@@ -157,6 +158,14 @@ def test_names_the_models_as_triton_does() -> None:
     assert asking("POST", "/v2/repository/index").json() == [
         {"name": "default", "version": "1", "state": "READY", "reason": ""}
     ]
+
+
+def test_says_of_a_model_that_does_not_answer_that_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def is_ready(_: Readiness) -> bool:
+        return False
+
+    monkeypatch.setattr(Readiness, "is_ready", is_ready)
+    assert [each["state"] for each in asking("POST", "/v2/repository/index").json()] == ["UNAVAILABLE"]
 
 
 def test_the_version_may_be_named(wanted: list[tuple[str, float]]) -> None:

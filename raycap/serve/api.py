@@ -87,15 +87,7 @@ def _routes(
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
 
-    async def problem(request: Request, error: Exception) -> Response:
-        found = _as_problem(error)
-        request.state.code = found.code
-        if not isinstance(error.__cause__, ImageError):  # that one is counted among the images
-            metrics.failure(found.code)
-        return found.response(request.state.request_id)
-
-    for kind in (ProblemError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, problem)
+    _answer_with_problems(app, metrics)
     app.include_router(v2.router(captions, models), responses=PROBLEMS)
     app.include_router(page.router())
 
@@ -143,6 +135,18 @@ def _routes(
 
     describe(app, asks_for_keys=asks_for_keys)
     return app
+
+
+def _answer_with_problems(app: FastAPI, metrics: Metrics) -> None:
+    async def problem(request: Request, error: Exception) -> Response:
+        found = _as_problem(error)
+        request.state.code = found.code
+        if not isinstance(error.__cause__, ImageError):  # that one is counted among the images
+            metrics.failure(found.code)
+        return found.response(request.state.request_id)
+
+    for kind in (ProblemError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, problem)
 
 
 def _as_problem(error: Exception) -> ProblemError:

@@ -1,4 +1,4 @@
-"""What each process of the endpoint gets of the cluster, and of this machine. Plain arithmetic: Ray is not imported."""
+"""What each process of the endpoint gets of the cluster, and whether it may listen. Ray is not imported."""
 
 from __future__ import annotations
 

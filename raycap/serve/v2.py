@@ -35,10 +35,10 @@ JSON_LENGTH = "Inference-Header-Content-Length"
 VERSION = "1"
 OPTIONS = Options.model_fields.keys() - {"model", "alternatives", "attention"}
 """Which a request may have as parameters; the others' answers would have no place."""
-OF_CLIENTS = frozenset(
-    {"binary_data_output", "content_type", "headers", "priority", "sequence_id", "sequence_start", "sequence_end"}
-    | {"timeout"}
-)
+OF_CLIENTS = {
+    *("binary_data_output", "content_type", "headers", "priority", "timeout"),
+    *("sequence_id", "sequence_start", "sequence_end"),
+}
 """Parameters of the protocol, of Triton's clients and of MLServer's, which change no caption."""
 _MODEL = "/models/{model}"
 _MODEL_VERSION = f"{_MODEL}/versions/{VERSION}"
@@ -72,7 +72,11 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
     @routes.post("/repository/index", include_in_schema=False)
     async def index() -> list[dict[str, str]]:
         """The models, as Triton's clients ask for them."""
-        return [{"name": name, "version": VERSION, "state": "READY", "reason": ""} for name in captions.models]
+        are_ready = await asyncio.gather(*(readiness[name].is_ready() for name in captions.models))
+        return [
+            {"name": name, "version": VERSION, "state": "READY" if is_ready else "UNAVAILABLE", "reason": ""}
+            for name, is_ready in zip(captions.models, are_ready, strict=True)
+        ]
 
     @routes.get(_MODEL_VERSION, include_in_schema=False)
     @routes.get(_MODEL)
