@@ -177,7 +177,7 @@ def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits 
     if not data:
         raise EmptyImageError("expected an image file, got zero bytes; upload it again")
     if len(data) > limits.max_bytes:
-        raise ImageTooLargeError(f"expected at most {limits.max_bytes:,} bytes, got {len(data):,}; raise max_bytes")
+        raise ImageTooLargeError(f"expected at most {limits.max_bytes:,} bytes, got {len(data):,} (max_bytes)")
     plugin = _sniff(data)
     _quiet_pillow()
     file = BytesIO(data)
@@ -188,7 +188,7 @@ def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits 
             width, height = image.size
             if width * height > limits.max_pixels:
                 raise ImageTooLargeError(
-                    f"expected at most {limits.max_pixels:,} pixels, got {width:,} x {height:,}; raise max_pixels"
+                    f"expected at most {limits.max_pixels:,} pixels, got {width:,} x {height:,} (max_pixels)"
                 )
             picture = _load(image, data, preprocessing)
             orientation = _orientation(image)
@@ -202,7 +202,7 @@ def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits 
     except ImageError:
         raise
     except MemoryError as error:
-        raise ImageTooLargeError("the picture does not fit into this machine's memory; lower max_pixels") from error
+        raise ImageTooLargeError("the picture does not fit into memory; max_pixels is too high") from error
     except Exception as error:  # whatever a decoder does on hostile bytes, it is that picture's failure
         raise _classify(error, file, plugin.format or "image", data) from error
     return DecodedImage(pixels_HWC=pixels_HWC, width=width, height=height, format=plugin.format or "")

@@ -116,6 +116,7 @@ def problem(answer: httpx.Response, status: int) -> Any:
     """The problem that an answer holds, which is of this status and code."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["x-content-type-options"] == "nosniff"
     found = answer.json()
     assert found["status"] == status
     assert found["request_id"] == answer.headers["x-request-id"]

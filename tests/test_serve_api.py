@@ -215,7 +215,15 @@ def test_json_of_very_many_values_is_not_even_read(body: dict[str, Any]) -> None
 
 def test_of_many_wrong_images_the_first_is_told_of() -> None:
     found = problem(asking(lambda client: client.post("/v1/caption", json={"images": [1] * 5000})), 422)
-    assert [each["field"] for each in found["errors"]] == ["images.0.Base64Image", "images.0.ImageAddress"]
+    assert found["errors"] == [
+        {"field": "images.0", "detail": 'expected {"data": the file in base64} or {"url": its address}'}
+    ]
+
+
+@pytest.mark.parametrize("body", [[], {"images": [{"data": "aGk="}], "options": []}, {"images": [{"data": {}}]}])
+def test_what_is_wrong_is_told_in_the_callers_terms(body: Any) -> None:
+    found = problem(asking(lambda client: client.post("/v1/caption", json=body)), 422)
+    assert not any(name in json.dumps(found) for name in ("CaptionRequest", "Options", "Base64Image", "dictionary"))
 
 
 def test_images_are_fetched_where_that_is_allowed() -> None:

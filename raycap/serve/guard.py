@@ -19,19 +19,12 @@ from raycap.serve.config import ServeConfig
 from raycap.serve.front import BODY, content_length, request_id
 from raycap.serve.keys import ApiKeys, RateLimit
 from raycap.serve.metrics import Metrics
-from raycap.serve.problems import ProblemError, body_too_large, retry_later
+from raycap.serve.problems import SECURITY_HEADERS, ProblemError, body_too_large, retry_later
 from raycap.serve.room import Place, Room
 
 log = logging.getLogger(__name__)
 CLIENT_GONE = 499
 """Status in log and metrics of a request whose client went before the answer (nginx's number; HTTP has none)."""
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
 
 
 class _ClientGone(BaseException):  # as CancelledError: not for the application's handlers of errors

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
-from raycap.serve.problems import PROBLEM_JSON, REQUEST_ID, RETRY_AFTER_S, unavailable
+from raycap.serve.problems import PROBLEM_JSON, REQUEST_ID, unavailable
 
 PROGRAM = "raycap-haproxy"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -92,7 +92,8 @@ def edited(text: str, problem_file: str) -> str:
     frontend = re.search(r"^frontend http_frontend\n +bind (\S+):\d+.*\n", text, re.MULTILINE)
     if frontend is None:
         return text
-    answer = f'content-type "{PROBLEM_JSON}" lf-file "{problem_file}" hdr Retry-After {RETRY_AFTER_S:g}'
+    headers = "".join(f' hdr {name} "{value}"' for name, value in unavailable().headers.items())
+    answer = f'content-type "{PROBLEM_JSON}" lf-file "{problem_file}"{headers}'
     rules = f"""\
     timeout http-request {HEADERS_S * 1000:.0f}ms
     timeout client {IDLE_S * 1000:.0f}ms

@@ -19,6 +19,14 @@ PROBLEM_JSON = "application/problem+json"
 REQUEST_ID = "[A-Za-z0-9._:/+=-]{1,128}"
 """A regular expression for ids of requests that fit into a line of a log."""
 RETRY_AFTER_S = 1.0
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+"""Of every answer, whoever gives it."""
 IMAGE_STATUS = {"too_large": 413, "not_an_image": 415, "unsupported_format": 415}
 """HTTP status of a request whose only image failed; 422 for other codes."""
 
@@ -34,7 +42,7 @@ class ProblemError(RaycapError):
         self.status = status
         self.code = code
         self.detail = detail
-        self.headers = dict(headers or {})
+        self.headers = SECURITY_HEADERS | dict(headers or {})
         self.more = more
 
     def response(self, request_id: str | None = None) -> Response:
@@ -54,9 +62,14 @@ class ProblemError(RaycapError):
 
 def invalid_fields(errors: Sequence[Any]) -> ProblemError:
     """Of what pydantic says is wrong. It repeats no value that was sent, and of names only the start."""
-    wrong = [{"field": ".".join(str(part)[:64] for part in each["loc"]), "detail": each["msg"]} for each in errors[:20]]
+    wrong = [{"field": ".".join(str(part)[:64] for part in each["loc"]), "detail": _said(each)} for each in errors[:20]]
     summary = "; ".join(": ".join(filter(None, each.values())) for each in wrong[:3])
     return ProblemError(422, "invalid_request", summary, errors=wrong)
+
+
+def _said(error: Any) -> str:
+    # pydantic names our class.
+    return "Input should be an object" if error["type"] == "model_type" else error["msg"]
 
 
 def retry_later(status: int, code: str, detail: str, *, after_s: float = RETRY_AFTER_S) -> ProblemError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 
 EXAMPLE_IMAGE = "R0lGODlhAQABAIAAAAUEBAAAACwAAAAAAQABAAACAkQBADs="
 """A GIF of one pixel, in base64."""
@@ -69,12 +69,29 @@ class ImageAddress(BaseModel):
     url: str = Field(max_length=2048, examples=["https://example.org/dog.jpg"])
 
 
+def _kind_of_image(value: Any) -> str | None:
+    names = set(value) if isinstance(value, dict) else getattr(value, "model_fields_set", set())
+    kinds = [kind for name, kind in (("data", "base64"), ("url", "address")) if name in names]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+ImageOf = Annotated[
+    Annotated[Base64Image, Tag("base64")] | Annotated[ImageAddress, Tag("address")],
+    Discriminator(
+        _kind_of_image,
+        custom_error_type="no_image",
+        custom_error_message='expected {"data": the file in base64} or {"url": its address}',
+    ),
+]
+"""An image of a request in JSON."""
+
+
 class CaptionRequest(BaseModel):
     """The JSON form of a request."""
 
     model_config = ConfigDict(extra="forbid")
     # The first wrong one is told of: errors of thousands take long to make.
-    images: Annotated[list[Base64Image | ImageAddress], Field(min_length=1), FailFast()]
+    images: Annotated[list[ImageOf], Field(min_length=1), FailFast()]
     options: Options = Options()
 
 
