@@ -11,7 +11,7 @@ demo: .venv/installed                  ## caption the sample photos into demo-ou
 	$(BIN)/raycap caption raycap/samples demo-out
 
 test: unit                             ## every test
-	$(BIN)/python -m pytest -m integration
+	$(BIN)/python -X faulthandler -m pytest -m integration
 
 unit: .venv/installed-test             ## the fast tests, as many at a time as there are cores
 	$(BIN)/python -m pytest $(UNIT)

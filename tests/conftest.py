@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -11,6 +13,23 @@ from tests.s3 import S3Server, running_s3_server
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each of the processes that share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main() -> Generator[None, int, int]:
+    """Where Ray was loaded, end the process with the tests' exit code and no native destructors.
+
+    Of each session of Ray after the first, threads run on (Ray 2.60: the exporter of metrics; Ray Serve's router), and
+    what they use is destroyed under them at the exit: a run that passed has ended by SIGSEGV. Commands of raycap start
+    Ray once, and the tests of their exit codes have processes of their own.
+    """
+    code = yield
+    if "ray" in sys.modules:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 @pytest.fixture(scope="session")
