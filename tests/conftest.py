@@ -20,8 +20,8 @@ def pytest_cmdline_main() -> Generator[None, int, int]:
     """Where Ray was loaded, end the process with the tests' exit code and no native destructors.
 
     Of each session of Ray after the first, threads run on (Ray 2.60: the exporter of metrics; Ray Serve's router), and
-    what they use may be destroyed under them at the exit: a run that passed has ended by SIGSEGV. Commands of raycap start
-    Ray once, and the tests of their exit codes have processes of their own.
+    what they use may be destroyed under them at the exit: a run that passed has ended by SIGSEGV. Commands of raycap
+    start Ray once, and the tests of their exit codes have processes of their own.
     """
     code = yield
     if "ray" in sys.modules:
