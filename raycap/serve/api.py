@@ -86,7 +86,6 @@ def _routes(
         redirect_slashes=False,  # such an answer has no problem, and names a scheme that may not be the balancer's
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
-
     _answer_with_problems(app, metrics)
     app.include_router(v2.router(captions, models), responses=PROBLEMS)
     app.include_router(page.router())
@@ -123,15 +122,7 @@ def _routes(
         first = answer.results[0]
         if len(answer.results) == 1 and isinstance(first, ImageError):
             raise image_problem(first) from first
-        timings = _timings(answer, body.read_s, time.perf_counter() - start_s)
-        content = CaptionResponse(
-            model=answer.model,
-            model_id=answer.model_id,
-            results=[_result(each) for each in answer.results],
-            timings_ms=timings,
-        )
-        stages = ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.model_dump().items())
-        return JSONResponse(content.model_dump(), headers={"Server-Timing": stages})
+        return _write(answer, _timings(answer, body.read_s, time.perf_counter() - start_s))
 
     describe(app, asks_for_keys=asks_for_keys)
     return app
@@ -160,6 +151,17 @@ def _as_problem(error: Exception) -> ProblemError:
             return invalid_fields(error.errors())
         case _:
             return internal()
+
+
+def _write(answer: Answer, timings: Timings) -> Response:
+    content = CaptionResponse(
+        model=answer.model,
+        model_id=answer.model_id,
+        results=[_result(each) for each in answer.results],
+        timings_ms=timings,
+    )
+    stages = ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.model_dump().items())
+    return JSONResponse(content.model_dump(), headers={"Server-Timing": stages})
 
 
 def _result(each: Result | ImageError) -> Captioned | Failed:

@@ -26,7 +26,7 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-"""Of every answer, whoever gives it."""
+"""Of every problem, whoever says it, and of the application's other answers where they do not say otherwise."""
 IMAGE_STATUS = {"too_large": 413, "not_an_image": 415, "unsupported_format": 415}
 """HTTP status of a request whose only image failed; 422 for other codes."""
 

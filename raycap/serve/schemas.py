@@ -70,12 +70,16 @@ class ImageAddress(BaseModel):
 
 
 def _kind_of_image(value: Any) -> str | None:
-    names = set(value) if isinstance(value, dict) else getattr(value, "model_fields_set", set())
-    kinds = [kind for name, kind in (("data", "base64"), ("url", "address")) if name in names]
-    return kinds[0] if len(kinds) == 1 else None
+    given = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
+    match "data" in given, "url" in given:
+        case True, False:
+            return "base64"
+        case False, True:
+            return "address"
+    return None
 
 
-ImageOf = Annotated[
+JsonImage = Annotated[
     Annotated[Base64Image, Tag("base64")] | Annotated[ImageAddress, Tag("address")],
     Discriminator(
         _kind_of_image,
@@ -91,7 +95,7 @@ class CaptionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     # The first wrong one is told of: errors of thousands take long to make.
-    images: Annotated[list[ImageOf], Field(min_length=1), FailFast()]
+    images: Annotated[list[JsonImage], Field(min_length=1), FailFast()]
     options: Options = Options()
 
 

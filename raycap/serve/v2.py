@@ -104,11 +104,9 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
         asked, tail = _split(await request.body(), request.headers.get(JSON_LENGTH))
         (tensor,) = asked.inputs
         request.state.model = model[:64]
-        num_images = math.prod(tensor.shape)
-        if tensor.shape[1:] not in ([], [1]) or num_images < 1:
-            raise ProblemError(400, "invalid_tensor", f"expected {INPUT} of shape [N] or [N, 1]")
+        num_images = _num_images(tensor)
         admit(request, captions, num_images)
-        images = _images(tensor, tail)
+        images = _images(tensor, num_images, tail)
         answer = await captions.caption(model, images, _options(asked.parameters))
         for each in answer.results:
             if isinstance(each, ImageError):
@@ -140,9 +138,16 @@ def _split(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
     return checked_json(InferRequest, body[:length]), body[length:]
 
 
-def _images(tensor: InputTensor, tail: bytes) -> list[bytes]:
-    """The tensor's elements. Raises ProblemError if they are not as many as its shape says."""
+def _num_images(tensor: InputTensor) -> int:
+    """As its shape says. Raises ProblemError for shapes that are not a model's."""
     num_images = math.prod(tensor.shape)
+    if tensor.shape[1:] not in ([], [1]) or num_images < 1:
+        raise ProblemError(400, "invalid_tensor", f"expected {INPUT} of shape [N] or [N, 1]")
+    return num_images
+
+
+def _images(tensor: InputTensor, num_images: int, tail: bytes) -> list[bytes]:
+    """The tensor's elements. Raises ProblemError if they are not so many."""
     elements = _elements(tail) if tensor.data is None else map(decode_base64, _texts(tensor.data))
     images = list(islice(elements, num_images + 1))
     if len(images) != num_images:
