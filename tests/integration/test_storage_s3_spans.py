@@ -39,9 +39,10 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     return s3_server.make_bucket()
 
 
-def fill(s3_server: S3Server, bucket: str, keys: list[str]) -> None:
+def fill(s3_server: S3Server, bucket: str, keys: list[str], num_threads: int = 1) -> None:
+    """One after another: SeaweedFS may lose an object that is a folder, or what is in it, where both come at once."""
     client = s3_server.client()
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(num_threads) as threads:
         list(threads.map(lambda key: client.put_object(Bucket=bucket, Key=key, Body=b""), keys))
 
 
@@ -65,7 +66,8 @@ def test_a_listing_goes_on_after_any_key(s3_server: S3Server, bucket: str) -> No
 
 
 def test_spans_are_disjoint_and_the_whole(s3_server: S3Server, bucket: str) -> None:
-    fill(s3_server, bucket, [f"many/{number % 3}/{number:04d}" for number in range(1100)] + KEYS + MARKERS)
+    fill(s3_server, bucket, [f"many/{number % 3}/{number:04d}" for number in range(1100)], num_threads=8)
+    fill(s3_server, bucket, KEYS + MARKERS)
     for location in (f"s3://{bucket}", f"s3://{bucket}/many"):
         store = open_store(location)
         whole = sorted(info.key for info in store.list())
