@@ -127,6 +127,8 @@ def test_a_server_about_to_end_says_so_and_answers_on() -> None:
             room.leave()
             for path in ("/v2/health/ready", "/v2/models/default/ready"):
                 assert problem(await client.get(path), 503)["code"] == "draining"
+            index = (await client.post("/v2/repository/index")).json()
+            assert [each["state"] for each in index] == ["UNAVAILABLE"]
             assert (await client.post("/v1/caption", content=picture(), headers=JPEG)).status_code == 200
             assert (await client.get("/healthz")).status_code == 200
 

@@ -49,9 +49,12 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
     """The routes under /v2."""
     routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
 
+    async def is_ready(model: str) -> bool:
+        return not captions.room.is_leaving and await readiness[model].is_ready()
+
     async def check_ready(model: str) -> None:
         captions.room.check_stays()
-        if not await readiness[model].is_ready():
+        if not await is_ready(model):
             raise unavailable()
 
     @routes.head("/health/live", include_in_schema=False)
@@ -72,7 +75,7 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
     @routes.post("/repository/index", include_in_schema=False)
     async def index() -> list[dict[str, str]]:
         """The models, as Triton's clients ask for them."""
-        are_ready = await asyncio.gather(*(readiness[name].is_ready() for name in captions.models))
+        are_ready = await asyncio.gather(*map(is_ready, captions.models))
         return [
             {"name": name, "version": VERSION, "state": "READY" if is_ready else "UNAVAILABLE", "reason": ""}
             for name, is_ready in zip(captions.models, are_ready, strict=True)
