@@ -48,13 +48,20 @@ _MODEL_VERSION = f"{_MODEL}/versions/{VERSION}"
 def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
     """The routes under /v2."""
     routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
+    _add_health(routes, captions, readiness)
+    _add_models(routes, captions)
+    return routes
+
+
+def _add_health(routes: APIRouter, captions: Captions, readiness: Mapping[str, Readiness]) -> None:
+    """Whether the server and its models answer."""
 
     async def is_ready(model: str) -> bool:
         return not captions.room.is_leaving and await readiness[model].is_ready()
 
     async def check_ready(model: str) -> None:
-        captions.room.check_stays()
         if not await is_ready(model):
+            captions.room.check_stays()
             raise unavailable()
 
     @routes.head("/health/live", include_in_schema=False)
@@ -68,18 +75,29 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
         await asyncio.gather(*map(check_ready, captions.models))
         return {"ready": True}
 
-    @routes.get("")
-    async def server() -> dict[str, Any]:
-        return {"name": "raycap", "version": raycap.__version__, "extensions": ["binary_tensor_data"]}
+    @routes.get(f"{_MODEL_VERSION}/ready", include_in_schema=False)
+    @routes.get(f"{_MODEL}/ready")
+    async def model_ready(model: str) -> dict[str, Any]:
+        await captions.info(model)  # of a model that is not there, 404
+        await check_ready(model)
+        return {"name": model, "ready": True}
 
     @routes.post("/repository/index", include_in_schema=False)
     async def index() -> list[dict[str, str]]:
         """The models, as Triton's clients ask for them."""
         are_ready = await asyncio.gather(*map(is_ready, captions.models))
         return [
-            {"name": name, "version": VERSION, "state": "READY" if is_ready else "UNAVAILABLE", "reason": ""}
-            for name, is_ready in zip(captions.models, are_ready, strict=True)
+            {"name": name, "version": VERSION, "state": "READY" if is_up else "UNAVAILABLE", "reason": ""}
+            for name, is_up in zip(captions.models, are_ready, strict=True)
         ]
+
+
+def _add_models(routes: APIRouter, captions: Captions) -> None:
+    """What the server and its models are, and their captions."""
+
+    @routes.get("")
+    async def server() -> dict[str, Any]:
+        return {"name": "raycap", "version": raycap.__version__, "extensions": ["binary_tensor_data"]}
 
     @routes.get(_MODEL_VERSION, include_in_schema=False)
     @routes.get(_MODEL)
@@ -93,13 +111,6 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
             "outputs": [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in OUTPUTS.items()],
             "parameters": {"model_id": info.model_id},
         }
-
-    @routes.get(f"{_MODEL_VERSION}/ready", include_in_schema=False)
-    @routes.get(f"{_MODEL}/ready")
-    async def model_ready(model: str) -> dict[str, Any]:
-        await captions.info(model)  # of a model that is not there, 404
-        await check_ready(model)
-        return {"name": model, "ready": True}
 
     @routes.post(f"{_MODEL_VERSION}/infer", include_in_schema=False)
     @routes.post(f"{_MODEL}/infer", responses=INFER_ANSWER, openapi_extra={"requestBody": INFER_BODY})
@@ -115,8 +126,6 @@ def router(captions: Captions, readiness: Mapping[str, Readiness]) -> APIRouter:
             if isinstance(each, ImageError):
                 raise image_problem(each) from each  # the protocol has no place for one image's error
         return _write(model, asked, answer)
-
-    return routes
 
 
 def _options(parameters: Mapping[str, Any]) -> Options:

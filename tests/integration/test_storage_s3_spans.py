@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from raycap.storage import Anywhere, S3Options, Span, Store, open_store
+from tests.integration.test_storage_s3 import fill
 from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_aws_settings")]
@@ -39,11 +40,11 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     return s3_server.make_bucket()
 
 
-def fill(s3_server: S3Server, bucket: str, keys: list[str], num_threads: int = 1) -> None:
-    """One after another: SeaweedFS may lose an object that is a folder, or what is in it, where both come at once."""
+def put_in_turn(s3_server: S3Server, bucket: str, keys: list[str]) -> None:
+    """Not at once: SeaweedFS may lose an object that is a folder, or what is in it, where both come together."""
     client = s3_server.client()
-    with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(lambda key: client.put_object(Bucket=bucket, Key=key, Body=b""), keys))
+    for key in keys:
+        client.put_object(Bucket=bucket, Key=key, Body=b"")
 
 
 def listed(store: Store, span: Span, after: str = "") -> list[str]:
@@ -52,7 +53,7 @@ def listed(store: Store, span: Span, after: str = "") -> list[str]:
 
 def test_a_listing_goes_on_after_any_key(s3_server: S3Server, bucket: str) -> None:
     store = open_store(f"s3://{bucket}")
-    fill(s3_server, bucket, [*KEYS, *MARKERS, "full/1"])
+    put_in_turn(s3_server, bucket, [*KEYS, *MARKERS, "full/1"])
     whole = [info.key for info in store.list()]
     assert sorted(whole) == sorted([*KEYS, *MARKERS, "full/1"])
     assert whole != sorted(whole)  # else this would not be the server to test with
@@ -66,8 +67,8 @@ def test_a_listing_goes_on_after_any_key(s3_server: S3Server, bucket: str) -> No
 
 
 def test_spans_are_disjoint_and_the_whole(s3_server: S3Server, bucket: str) -> None:
-    fill(s3_server, bucket, [f"many/{number % 3}/{number:04d}" for number in range(1100)], num_threads=8)
-    fill(s3_server, bucket, KEYS + MARKERS)
+    fill(open_store(f"s3://{bucket}"), [f"many/{number % 3}/{number:04d}" for number in range(1100)])
+    put_in_turn(s3_server, bucket, KEYS + MARKERS)
     for location in (f"s3://{bucket}", f"s3://{bucket}/many"):
         store = open_store(location)
         whole = sorted(info.key for info in store.list())
